@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['NORMALISE', 'read_rows', 'Block', 'batches', 'Stream', 'Store', 'write_store', 'Normed', 'normalise']
 
-# %% ../nbs/05_acts.ipynb #bb234c58
+# %% ../nbs/05_acts.ipynb #c4d4d6eb
 import json, zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -48,7 +47,7 @@ def batches(blocks:Iterator[Block],  # endless or not
         for i in range(skip, have): yield rows[order[i * batch:(i + 1) * batch].to(rows.device)].float()
         skip = 0
 
-# %% ../nbs/05_acts.ipynb #0b0cde33
+# %% ../nbs/05_acts.ipynb #a84f37df
 @dataclass(frozen=True)
 class Stream:
     "Blocks of rows, read from a model on the way."
@@ -57,14 +56,18 @@ class Stream:
     site:str
     context:int=256         # tokens a window
     block_rows:int=131_072  # rows to shuffle together
+    mix:int=1_024           # windows to shuffle together before they are read
     held_out:bool=False     # which side of the text
     forward:int=4_096       # tokens the model reads at once
 
     def windows(self) -> Iterator[Windows]:
-        "Batches of windows, pass after pass over the text."
+        "Batches of mixed windows, pass after pass over the text."
         while True:
             count, per = 0, max(1, self.forward // self.context)
-            for w in windows(self.text.documents(self.held_out), self.lm.tokenizer, self.context, per): count += int(w.keep.sum()); yield w
+            for i, many in enumerate(windows(self.text.documents(self.held_out), self.lm.tokenizer, self.context, self.mix)):
+                order = torch.randperm(len(many), generator=generator("windows", i))
+                count += int(many.keep.sum())
+                yield from map(many.take, order.split(per))
             side = "held-out side" if self.held_out else "training side"
             check(count, f"text {self.text.name!r} has less than one window of {self.context} tokens on its {side}: give more text or a shorter context")
 
@@ -113,17 +116,17 @@ class Store:
 
 def _checksum(rows): return zlib.crc32(rows.contiguous().view(torch.uint8).numpy())
 
-# %% ../nbs/05_acts.ipynb #782e87a2
+# %% ../nbs/05_acts.ipynb #c135ae69
 def write_store(folder,              # where to write; may hold a part of it already
                 stream:Stream,       # what to read
                 tokens:int,          # rows to write, at least
                 origin:dict=None,    # what `store.json` says about them
                 progress=iter        # wraps the loop over shards, for a progress bar
                ) -> Store:
-    "Write the stream's blocks as shards; shards that are there and whole are kept."
+    "Write the stream's blocks as shards; shards whose file is there are kept."
     from safetensors.torch import save_file
     folder = Path(folder)
-    origin = origin or dict(lm=stream.lm.name, site=str(stream.site), text=stream.text.name, context=stream.context, block_rows=stream.block_rows)
+    origin = origin or dict(lm=stream.lm.name, site=str(stream.site), text=stream.text.name, context=stream.context, block_rows=stream.block_rows, mix=stream.mix)
     old = Store.open(folder) if (folder / "store.json").exists() else Store(folder, origin, [])
     check(old.origin == origin, f"{folder} holds other activations ({old.origin}): choose another folder")
     have = 0

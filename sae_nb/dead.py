@@ -5,11 +5,8 @@
 # %% auto #0
 __all__ = ['Tracker', 'power_of_two', 'AuxK', 'aux_loss', 'MultiTopK', 'paper_terms']
 
-# %% ../nbs/11_dead.ipynb #3f542749
-from dataclasses import dataclass
-
+# %% ../nbs/11_dead.ipynb #24db5228
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'ATTENTION', 'MLP', 'DOWN', 'NORM_2', 'Site', 'parse_site', 'find_blocks', 'Place', 'find_place', 'LM',
            'packaged_lms', 'training_curve', 'load_lm']
 
-# %% ../nbs/04_lm.ipynb #9f594658
+# %% ../nbs/04_lm.ipynb #ca349ef0
 import json, re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import UserError, check, fast_dtype, pick_device
+from .core import UserError, check, fast_dtype, pick_device, reason
 from .text import load_tokenizer
 
 # %% ../nbs/04_lm.ipynb #e4ff3d1f
@@ -30,10 +30,9 @@ def _with_first(out, x):
     "`out` with its tensor exchanged for `x`."
     return type(out)([x, *out[1:]]) if isinstance(out, (tuple, list)) else x
 
-# %% ../nbs/04_lm.ipynb #1088acd1
+# %% ../nbs/04_lm.ipynb #190864d0
 KINDS = dict(resid_pre="hook_resid_pre", resid_mid="hook_resid_mid", resid_post="hook_resid_post",
              attn_out="hook_attn_out", mlp_out="hook_mlp_out", mlp_hidden="mlp.hook_post")
-
 @dataclass(frozen=True)
 class Site:
     "A place in a model."
@@ -80,7 +79,7 @@ class Place:
     block:nn.Module=None  # for resid_mid: the block, whose input is needed to replace it
     writer:nn.Module=None # for resid_mid: what attention writes with
 
-# %% ../nbs/04_lm.ipynb #0b7b6eff
+# %% ../nbs/04_lm.ipynb #ba29c545
 def find_place(model, blocks, site:Site) -> Place:
     "The module and side of `site` in `model`."
     kinds = f"give one of {', '.join(k + '.L' for k in KINDS)}, or a module's path"
@@ -97,9 +96,8 @@ def find_place(model, blocks, site:Site) -> Place:
     if site.kind in ("resid_pre", "resid_post"): return Place(block, "input" if site.kind == "resid_pre" else "output")
     if site.kind == "attn_out": return Place(writer, "output")
     if site.kind == "mlp_out": return Place(_child(block, ("post_feedforward_layernorm",)) if normed else mlp, "output")
-    parallel = getattr(model.config, "use_parallel_residual", False) or _child(block, NORM_2) is None
     if site.kind == "resid_mid":
-        check(not parallel, f"site {site}: in this model attention and MLP read the same input, there is no middle: choose resid_pre or resid_post")
+        check(_child(block, NORM_2) and not getattr(model.config, "use_parallel_residual", False), f"site {site}: in this model attention and MLP read the same input, there is no middle: choose resid_pre or resid_post")
         return Place(_child(block, NORM_2), "input", block, writer)
     check(_child(mlp, DOWN), f"site {site}: the MLP has no output matrix that we recognise: name the module by its path")
     return Place(_child(mlp, DOWN), "input")
@@ -132,18 +130,14 @@ def _replaced(place, new):
     with _hooked(Place(place.block, "input"), lambda x: entered.append(x)), \
          _hooked(Place(place.writer, "output"), lambda out: new(entered[-1] + out) - entered.pop()): yield
 
-# %% ../nbs/04_lm.ipynb #2866204d
+# %% ../nbs/04_lm.ipynb #6c51ebea
 class LM:
     "A causal language model with named places."
     def __init__(self, model, tokenizer, name:str="model"):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.blocks = find_blocks(model)
 
-    @property
-    def device(self): return self.model.device
-
-    @property
-    def dtype(self): return self.model.dtype
+    device, dtype = property(lambda self: self.model.device), property(lambda self: self.model.dtype)
 
     @property
     def context(self):
@@ -179,7 +173,6 @@ class LM:
         return self.read(torch.zeros(1, 2, dtype=torch.long), site).shape[-1]
 
     def __repr__(self):
-        c = self.model.config
         return f"LM({self.name}: {type(self.model).__name__}, {len(self.blocks or [])} blocks, {str(self.dtype)[6:]} on {self.device})"
 
 # %% ../nbs/04_lm.ipynb #2d7c2bec
@@ -193,39 +186,36 @@ def training_curve(name:str  # a packaged model
     "How a packaged model was trained: sizes, and tokens, FLOPs and held-out loss along the way."
     return json.loads((files("sae_nb") / "assets" / "models" / name / "curve.json").read_text())
 
-# %% ../nbs/04_lm.ipynb #1a398ca5
+# %% ../nbs/04_lm.ipynb #ab9c58f1
 def load_lm(name:str,            # packaged name, folder, or hub name
             device:str="auto",   # see `pick_device`
             dtype:str="auto"     # auto, float32, bfloat16, float16
            ) -> LM:
     "The subject model of that name, ready to read."
-    device = pick_device(device)
     check(dtype in ("auto", "float32", "bfloat16", "float16"), f"dtype is {dtype!r}: choose auto, float32, bfloat16 or float16")
+    device = pick_device(device)
     kind = fast_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    packaged, path = name in packaged_lms(), Path(name).expanduser()
-    if packaged: path = files("sae_nb") / "assets" / "models" / name
+    packaged = name in packaged_lms()
+    path = files("sae_nb") / "assets" / "models" / name if packaged else Path(name).expanduser()
     check(not path.is_dir() or (path / "config.json").is_file(), f"lm {name!r} is a folder without config.json: give one written by save_pretrained")
     check(packaged or path.is_dir() or not path.exists(), f"lm {name!r} is a file: give the folder that it lies in")
     source = str(path) if path.is_dir() else name
     model = _pretrained(name, source, kind, "eager" if device.type == "cpu" else None)
     try: tokenizer = load_tokenizer(None if packaged else source)
-    except Exception as e: raise UserError(f"lm {name!r} has no tokenizer that can be read ({_reason(e)}): save one beside the model") from None
+    except Exception as e: raise UserError(f"lm {name!r} has no tokenizer that can be read ({reason(e)}): save one beside the model") from None
+    check(len(tokenizer) <= (rows := model.get_input_embeddings().weight.shape[0]), f"lm {name!r} knows {rows} tokens but its tokenizer has {len(tokenizer)}: save the tokenizer that belongs to it")
     return LM(model.to(device), tokenizer, name)
 
-# %% ../nbs/04_lm.ipynb #4ba8c725
-def _reason(e): return next((line for line in str(e).splitlines() if line.strip()), type(e).__name__).rstrip(".: ")
-
+# %% ../nbs/04_lm.ipynb #272bddf7
 def _pretrained(name, source, dtype, attention):
     "The model in `source`, or one sentence about why not."
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-    bar = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+    logging.disable_progress_bar()
+    try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, output_loading_info=True)
     except Exception as e:
         known = f"known without a network: {', '.join(packaged_lms())}"
-        raise UserError(f"lm {name!r} could not be loaded ({_reason(e)}): {known}") from None
-    finally:
-        if bar: logging.enable_progress_bar()
+        raise UserError(f"lm {name!r} could not be loaded ({reason(e)}): {known}") from None
+    finally: logging.enable_progress_bar()
     check(not info["missing_keys"], f"lm {name!r} lacks weights, {next(iter(info['missing_keys']), '')} among them: the checkpoint does not fit its config.json")
     return model

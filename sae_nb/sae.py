@@ -6,9 +6,8 @@
 __all__ = ['CHUNK', 'Code', 'weighted_rows', 'by_latent', 'at_indices', 'TopKEncode', 'SparseDecode', 'SAEConfig', 'SAE',
            'load_weights', 'nmse', 'geometric_median', 'unit_rows_', 'init_paper_']
 
-# %% ../nbs/06_sae.ipynb #94019c37
-import json
-from dataclasses import dataclass, replace
+# %% ../nbs/06_sae.ipynb #336be2b7
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .acts import NORMALISE, Normed, normalise
-from .core import Config, UserError, check, generator, setting, write_atomic
+from .core import Config, UserError, check, generator, reason, setting, write_atomic
 
 # %% ../nbs/06_sae.ipynb #393d49dd
 @dataclass(frozen=True)
@@ -163,16 +162,14 @@ class SAE(nn.Module):
         sae.load_state_dict(weights)
         return sae.to(device)
 
-# %% ../nbs/06_sae.ipynb #cd4da399
+# %% ../nbs/06_sae.ipynb #fafc454a
 def load_weights(path) -> dict:
     "The tensors in a safetensors file, or one sentence about what is wrong with it."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try: return load_file(path)
     except FileNotFoundError: raise UserError(f"{path} does not exist: give a folder that holds a trained SAE") from None
-    except (OSError, SafetensorError) as e: raise UserError(f"{path} is damaged ({_short(e)}): restore it from a copy, or train again") from None
-
-def _short(e): return str(e).strip().split("\n")[0].rstrip(".")
+    except (OSError, SafetensorError) as e: raise UserError(f"{path} is damaged ({reason(e)}): restore it from a copy, or train again") from None
 
 # %% ../nbs/06_sae.ipynb #52eb8dd5
 def nmse(rows:Float[Tensor, "b d"], recon:Float[Tensor, "b d"]) -> float:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'SEPARATOR', 'Document', 'is_test', 'module_name', 'hash_unit', 'python_library', 'python_topics',
-           'is_held_out', 'Text', 'every_tenth', 'pieces', 'text_files', 'hub_dataset', 'load_text', 'load_tokenizer',
-           'Windows', 'windows']
+           'is_held_out', 'Text', 'pieces', 'text_files', 'hub_dataset', 'load_text', 'load_tokenizer', 'Windows',
+           'windows']
 
-# %% ../nbs/03_text.ipynb #a5a94766
-import hashlib, re, sysconfig
+# %% ../nbs/03_text.ipynb #76977c55
+import hashlib, os, re, sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from .core import UserError, check
+from .core import UserError, check, reason
 
 # %% ../nbs/03_text.ipynb #40e65266
 @dataclass(frozen=True)
@@ -28,9 +28,8 @@ class Document:
     name:str   # a module, a file, or a file and a piece number
     text:str   # the whole text, decoded
 
-# %% ../nbs/03_text.ipynb #3bcd96e6
-TABLES = ("encodings", "html.entities", "msilib", "_sysconfigdata", "pydoc_data", "lib2to3.tests.data",
-          "site-packages", "dist-packages", "config-")
+# %% ../nbs/03_text.ipynb #d19af743
+TABLES = ("encodings", "html.entities", "msilib", "_sysconfigdata", "pydoc_data", "lib2to3.tests.data", "config-")
 
 def is_test(name:str):
     "Tell whether a module belongs to a test suite."
@@ -41,17 +40,23 @@ def module_name(path, root):
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
-# %% ../nbs/03_text.ipynb #5aa813a3
+# %% ../nbs/03_text.ipynb #5171b80c
 def hash_unit(name:str) -> float:
     "A number in [0, 1) that only depends on `name`."
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+def _sources(root):
+    "All Python files below `root`, without descending into installed packages."
+    for folder, inner, names in os.walk(root):
+        inner[:] = [d for d in inner if d not in ("site-packages", "dist-packages", "__pycache__")]
+        yield from (Path(folder) / n for n in names if n.endswith(".py"))
 
 def python_library(root=None,        # folder of the standard library; this Python's own by default
                    tests:bool=False  # the test suite instead of the library
                   ) -> Iterator[Document]:
     "Read the modules of the standard library, in hash order, without generated tables."
     root = Path(root or sysconfig.get_path("stdlib"))
-    paths = {module_name(p, root): p for p in root.rglob("*.py")}
+    paths = {module_name(p, root): p for p in _sources(root)}
     for name in sorted((n for n in paths if not n.startswith(TABLES) and is_test(n) == tests), key=hash_unit):
         try: text = paths[name].read_text(encoding="utf-8")
         except UnicodeDecodeError: continue
@@ -70,7 +75,7 @@ def is_held_out(name:str,         # a module's or topic's name
     "Tell whether the document of that name must never be trained on."
     return hash_unit(name) < share
 
-# %% ../nbs/03_text.ipynb #69b63383
+# %% ../nbs/03_text.ipynb #daeedbd4
 @dataclass(frozen=True)
 class Text:
     "Documents that can be read again and again, and the rule that holds some of them out."
@@ -81,8 +86,6 @@ class Text:
     def documents(self, held_out:bool=False) -> Iterator[Document]:
         "One pass over the documents of one side of the split."
         return (d for i, d in enumerate(self.read()) if self.rule(i, d) == held_out)
-
-def every_tenth(i, doc): return i % 10 == 9
 
 # %% ../nbs/03_text.ipynb #375f8b4f
 SEPARATOR = "<|endoftext|>"
@@ -109,7 +112,7 @@ def _cut(s, start, size):
     end = next((e for e in ends if e), start + size)
     return end, end
 
-# %% ../nbs/03_text.ipynb #9582f95c
+# %% ../nbs/03_text.ipynb #24520da3
 def _chunks(path):
     "The file's text, a megabyte at a time."
     try:
@@ -129,9 +132,9 @@ def text_files(name:str,    # a file, or a folder
     size = size or min(max(total // 40, 200), 65_536)
     def read():
         for p in paths: yield from pieces(p.name if p == path else str(p.relative_to(path)), _chunks(p), size)
-    return Text(name, read, every_tenth)
+    return Text(name, read, lambda i, doc: i % 10 == 9)
 
-# %% ../nbs/03_text.ipynb #e4018393
+# %% ../nbs/03_text.ipynb #f805f661
 def _text_column(row):
     names = [c for c, v in row.items() if isinstance(v, str)]
     check(names, f"the data set has columns {', '.join(row)} but none holds text: name a data set with a text column")
@@ -152,9 +155,8 @@ def hub_dataset(name:str,          # owner/name on the hub, or a folder written 
     except UserError: raise
     except StopIteration: raise UserError(f"text {name!r} is empty: give a data set with rows") from None
     except Exception as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"text {name!r} is no file or folder here, and no data set of that name could be read ({reason}): check the name and the network") from None
-    return Text(name, lambda: (Document(f"{name}#{i}", row[column]) for i, row in enumerate(data)), every_tenth)
+        raise UserError(f"text {name!r} is no file or folder here, and no data set of that name could be read ({reason(e)}): check the name and the network") from None
+    return Text(name, lambda: (Document(f"{name}#{i}", row[column]) for i, row in enumerate(data)), lambda i, doc: i % 10 == 9)
 
 # %% ../nbs/03_text.ipynb #8d2cb268
 def load_text(name:str  # `pylib`, a file, a folder, a folder of `datasets`, or owner/name on the hub
@@ -177,24 +179,24 @@ def load_tokenizer(folder=None  # a folder with a tokenizer, or a hub name; the 
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(str(folder or files("sae_nb") / "assets" / "tokenizer"))
 
-# %% ../nbs/03_text.ipynb #e5176e74
+# %% ../nbs/03_text.ipynb #d0763ee7
 @dataclass(frozen=True)
 class Windows:
     "A batch of contexts, ready for a model."
     ids:Int[Tensor, "b s"]    # token ids
     keep:Bool[Tensor, "b s"]  # True where a real token stands, False at special tokens
     docs:list                 # name of the document in which each window starts
-
     def __len__(self): return len(self.ids)
+    def take(self, which): return Windows(self.ids[which], self.keep[which], [self.docs[i] for i in which])
 
-# %% ../nbs/03_text.ipynb #e8137fbc
+# %% ../nbs/03_text.ipynb #b9c1be81
 def _marks(tokenizer):
     "Ids of the token that opens a window, of the one between documents, and of all special ones."
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None), None)
     between = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id, first) if i is not None), None)
     return first, between, torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
 
-def _bodies(docs, tokenizer, between, size, group=64):
+def _bodies(docs, tokenizer, between, size, group=8):
     "Runs of `size` tokens of the joined documents, each with the document it starts in."
     ids, owner, docs = [], [], iter(docs)
     while some := list(islice(docs, group)):

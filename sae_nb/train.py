@@ -6,18 +6,18 @@
 __all__ = ['project_decoder_grad_', 'Average', 'Term', 'TrainConfig', 'State', 'Step', 'forward_backward', 'learning_rate',
            'update', 'train', 'row_scale', 'held_out_nmse']
 
-# %% ../nbs/10_train.ipynb #8d235922
+# %% ../nbs/10_train.ipynb #d1757d5d
 import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .acts import normalise
-from .core import Config, UserError, check, setting
+from .core import Config, UserError, check, reason, setting
 from .sae import SAE, nmse, unit_rows_
 
 # %% ../nbs/10_train.ipynb #5cc26b50
@@ -93,7 +93,7 @@ class TrainConfig(Config):
     @property
     def steps(self): return -(-self.tokens // self.batch)
 
-# %% ../nbs/10_train.ipynb #235372a4
+# %% ../nbs/10_train.ipynb #661c045a
 class State:
     "All that changes while an SAE is trained."
     def __init__(self, sae:SAE, cfg:TrainConfig, terms:Iterable[Term]=(), scale:float=None):
@@ -127,7 +127,7 @@ class State:
                 for k in self.average.sums: self.average.sums[k].copy_(tensors[f"average.{k}"])
             for t in self.terms: t.load(part(f"term.{t.name}."))
         except (KeyError, RuntimeError, ValueError) as e:
-            raise UserError(f"the checkpoint does not fit this run ({str(e).splitlines()[0]}): start the run again in another folder") from None
+            raise UserError(f"the checkpoint does not fit this run ({reason(e)}): start the run again in another folder") from None
 
 # %% ../nbs/10_train.ipynb #6f21e4f2
 @dataclass(frozen=True)

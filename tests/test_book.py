@@ -19,7 +19,7 @@ def run(*args, cwd):
     "The output of `python args` in `cwd`, away from this checkout; its errors when it fails."
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "PYTHONPATH")}
     done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-6000:]
+    if done.returncode: pytest.fail(done.stderr[-6000:], pytrace=False)
     return done.stdout
 
 
@@ -59,7 +59,7 @@ def test_export_is_current(copy):
 
 MODULES = {exported(read(p)): int(p.name[:2]) for p in LIBRARY if exported(read(p))}
 LAYERS = {0: {0}, 1: {0, 1}, 2: {0, 2}, 3: set(), 4: {0, 2}, 5: {5}, 9: set(range(10))}   # decade -> decades it may import
-EVERYWHERE = {"core", "show"}
+EVERYWHERE = {"core", "show", "page"}
 
 
 def package_imports(module):
@@ -223,7 +223,7 @@ def test_importing_everything_loads_nothing_heavy():
     assert not heavy, f"importing sae_nb loads {heavy}: import them where they are used"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m in ("core", "show", "scaling") or m.startswith("widgets.")])
+@pytest.mark.parametrize("module", [m for m in MODULES if m in ("core", "show", "page", "scaling") or m.startswith("widgets.")])
 def test_light_modules_do_without_torch(module):
     assert not loaded_after([module], ["torch"]), f"importing sae_nb.{module} loads torch"
 

@@ -1,0 +1,360 @@
+"The command line: what a run folder holds, and one plain sentence for every mistake of the caller."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_nb.cli import main
+from sae_nb.lm import load_lm
+from sae_nb.sae import SAE
+
+MODEL = ("--lm", "pylib-64", "--site", "resid_post.2", "--n", "256", "--k", "8", "--context", "64", "--dtype", "float32", "--device", "cpu")
+LISTED = {"nmse", "explained_variance", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "ce_recovered", "kl",
+          "tokens_trained", "tokens_per_second", "eval_tokens", "null_nmse", "null_ce_recovered"}
+
+
+def prose(lines=400):
+    "A text of about 30 kB that looks like code."
+    return "\n".join(f"def step_{i}(x, rate={i % 7}):\n    return x * {i} + rate  # the rule of step {i}" for i in range(lines))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text(prose(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    "A packaged model as `save_pretrained` writes it."
+    folder, lm = tmp_path_factory.mktemp("lm"), load_lm("pylib-64", "cpu", "float32")
+    lm.model.save_pretrained(folder); lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, text):
+    "A run folder that the command line has written; tests work on copies."
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["train", *MODEL, "--text", str(text), "--tokens", "20_000", "--seed", "3", "--out", str(out)]) == 0
+    return out
+
+
+# --- what a run leaves behind ------------------------------------------------------------------------
+
+def test_a_run_folder_holds_what_the_contract_says(finished):
+    assert {"config.json", "steps.jsonl", "cfg.json", "sae.safetensors", "metrics.json", "report.html"} <= {p.name for p in finished.iterdir()}
+
+
+def test_config_keeps_what_was_asked(finished, text):
+    run = json.loads((finished / "config.json").read_text())["run"]
+    assert (run["lm"], run["text"], run["site"], run["n"], run["k"], run["tokens"], run["seed"], run["context"]) \
+        == ("pylib-64", str(text), "resid_post.2", 256, 8, 20_000, 3, 64)
+
+
+def test_weights_have_the_names_and_shapes_of_the_contract(finished):
+    from safetensors.torch import load_file
+    shapes = {k: tuple(v.shape) for k, v in load_file(finished / "sae.safetensors").items()}
+    assert shapes == {"W_enc": (256, 64), "W_dec": (256, 64), "b_enc": (256,), "b_dec": (64,)}
+
+
+def test_metrics_have_all_keys_and_sane_values(finished):
+    m = json.loads((finished / "metrics.json").read_text())
+    assert LISTED <= m.keys()
+    assert all(isinstance(m[k], (int, float)) and m[k] == m[k] for k in LISTED)
+    assert 0 < m["nmse"] < m["null_nmse"] and abs(m["nmse"] + m["explained_variance"] - 1) < 1e-9
+    assert 0 < m["l0"] <= 8 and 0 <= m["dead_fraction"] < 1 and m["kl"] > 0
+    assert m["ce_clean"] < m["ce_spliced"] < min(m["ce_zero"], m["ce_mean"]) and m["null_ce_recovered"] < m["ce_recovered"] < 1
+    assert m["tokens_trained"] == 20_000 and m["tokens_per_second"] > 0 and 500 < m["eval_tokens"] < 200_000
+
+
+def test_numbers_files_are_strict_json(finished):
+    def refuse(word): raise ValueError(f"{word} is not JSON")
+    for line in [(finished / "metrics.json").read_text(), (finished / "config.json").read_text(), *(finished / "steps.jsonl").read_text().splitlines()]:
+        json.loads(line, parse_constant=refuse)
+
+
+def test_steps_count_up_to_the_tokens_asked(finished):
+    steps = [json.loads(line) for line in (finished / "steps.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == list(range(1, len(steps) + 1)) and steps[-1]["tokens"] == 20_000
+    assert steps[-1]["nmse"] < 0.8 * steps[0]["nmse"] and any(s["held_out"] is not None for s in steps)
+
+
+def test_report_opens_without_network(finished):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page.lower() and "pylib-64" in page and "resid_post.2" in page
+    fetched = re.findall(r"""(?:<(?:script|img|link|iframe|source|video|audio)\b[^>]*?(?:src|href)|@import|url\()\s*=?\s*\(?["']?\s*((?:https?:)?//[^"')\s>]+)""", page, re.I)
+    assert not fetched, f"the report fetches {fetched[:3]}"
+
+
+def test_python_reads_what_the_command_wrote(finished):
+    sae, rows = SAE.load(finished), torch.randn(5, 64)
+    code = sae.encode(rows)
+    assert code.values.shape == code.indices.shape == (5, 8)
+    torch.testing.assert_close(sae.decode(code), sae(rows))
+
+
+def test_eval_measures_again_and_gets_the_same(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = json.loads((folder / "metrics.json").read_text())
+    for name in ("metrics.json", "report.html"): (folder / name).unlink()
+    assert main(["eval", str(folder), "--device", "cpu"]) == 0
+    after = json.loads((folder / "metrics.json").read_text())
+    assert (folder / "report.html").stat().st_size > 1000 and after.keys() == before.keys()
+    assert {k: after[k] for k in before if k != "tokens_per_second"} == pytest.approx({k: before[k] for k in before if k != "tokens_per_second"}, rel=1e-6)
+
+
+def test_eval_of_few_tokens_measures_few(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert main(["eval", str(folder), "--device", "cpu", "--tokens", "100"]) == 0
+    more, few = (json.loads((f / "metrics.json").read_text())["eval_tokens"] for f in (finished, folder))
+    assert 100 <= few <= more
+
+
+def test_resume_of_a_finished_run_changes_no_weight(finished, text, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert main(["train", *MODEL, "--text", str(text), "--tokens", "20_000", "--seed", "3", "--out", str(folder), "--resume"]) == 0
+    assert (folder / "sae.safetensors").read_bytes() == (finished / "sae.safetensors").read_bytes()
+    assert json.loads((folder / "metrics.json").read_text())["tokens_per_second"] > 0
+
+
+def test_resume_of_nothing_starts(text, tmp_path):
+    assert main(["train", *MODEL, "--text", str(text), "--tokens", "512", "--out", str(tmp_path / "new"), "--resume"]) == 0
+    assert (tmp_path / "new/sae.safetensors").exists()
+
+
+def test_numbers_may_be_written_for_people(text, tmp_path):
+    out = tmp_path / "run"
+    assert main(["train", *MODEL, "--text", str(text), "--tokens", "1e3", "--out", str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["run"]["tokens"] == 1000
+
+
+def test_every_setting_is_an_option():
+    from dataclasses import fields
+    from sae_nb.cli import parser
+    from sae_nb.runs import RunConfig
+    args = parser().parse_args(["train", "--out", "x"])
+    assert {f.name: getattr(args, f.name) for f in fields(RunConfig)} == RunConfig().to_dict()
+
+
+# --- mistakes ----------------------------------------------------------------------------------------
+
+def speak_here():
+    "Let transformers log to this test's stderr, as it does in a process of its own."
+    import logging, transformers  # noqa: the import makes the handler
+    for handler in logging.getLogger("transformers").handlers: handler.setStream(sys.stderr)
+
+
+@pytest.fixture
+def says(capfd):
+    "Call the command; it must end with code 2 and one line on stderr, which is given back."
+    def call(*argv):
+        capfd.readouterr(); speak_here()
+        code = main([str(a) for a in argv])
+        err = capfd.readouterr().err.replace("\r", "\n")
+        lines = [line for line in err.split("\n") if line.strip()]
+        assert code == 2 and "Traceback" not in err
+        assert len(lines) == 1 and lines[0].startswith("sae-nb: "), f"more than one sentence: {err!r}"
+        return lines[0]
+    return call
+
+
+def train_with(text, folder, **changed):
+    "The arguments of a small run, with some of them changed; None leaves one out."
+    given = dict(zip((a[2:] for a in MODEL[::2]), MODEL[1::2])) | dict(text=text, tokens=2_000, out=folder) | changed
+    return ["train", *(x for k, v in given.items() if v is not None for x in (f"--{k}", v))]
+
+
+@pytest.mark.parametrize("changed, word", [
+    (dict(lm="no-such-model"), "no-such-model"), (dict(lm="/no/such/folder"), "/no/such/folder"), (dict(lm=""), "lm"),
+    (dict(site="resid_post.4"), "4 blocks"), (dict(site="blocks.17.hook_resid_post"), "4 blocks"), (dict(site="transformer.h.99"), "transformer.h.99"),
+    (dict(site="nowhere"), "nowhere"), (dict(site="resid_post"), "resid_post"), (dict(site="resid_post.-1"), "resid_post.-1"),
+    (dict(site=""), "site"), (dict(site="transformer"), "site"), (dict(site="transformer.h"), "site"), (dict(site="transformer.wpe"), "site"),
+    (dict(k=257), "k is 257"), (dict(k=0), "k is 0"), (dict(k=-3), "k is -3"), (dict(n=0), "n is 0"), (dict(n=-1), "n is -1"),
+    (dict(tokens=-5), "tokens is -5"), (dict(tokens=0), "tokens is 0"), (dict(tokens="many"), "many"), (dict(tokens="nan"), "nan"),
+    (dict(tokens="inf"), "inf"), (dict(tokens="1.5"), "1.5"), (dict(n=""), "--n"), (dict(lr="-1"), "lr"), (dict(lr="nan"), "lr"),
+    (dict(out=None), "--out"), (dict(widht=3), "--widht"), (dict(batch=-1), "batch"), (dict(seed="x"), "--seed"),
+    (dict(context=1), "context is 1"), (dict(context=300), "256"), (dict(context=0), "context is 0"),
+    (dict(device="quantum"), "quantum"), (dict(device="meta"), "meta"), (dict(device="xpu"), "xpu"), (dict(device=""), "device"),
+    (dict(dtype="int8"), "int8"), (dict(normalise="much"), "much"),
+], ids=lambda v: "-".join(f"{k}={w}" for k, w in v.items()) if isinstance(v, dict) else "")
+def test_a_wrong_setting_is_named(says, text, tmp_path, changed, word):
+    assert word in says(*train_with(text, tmp_path / "out", **changed))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none(says, text, tmp_path, device):
+    assert "CUDA" in says(*train_with(text, tmp_path / "out", device=device))
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
+def test_mps_where_there_is_none(says, text, tmp_path):
+    assert "MPS" in says(*train_with(text, tmp_path / "out", device="mps"))
+
+
+def test_the_first_word_matters(says):
+    assert "COMMAND" in says("bake") or "bake" in says("bake")
+
+
+def test_no_command_shows_the_help(capfd):
+    assert main([]) == 0 and "train" in capfd.readouterr().out
+
+
+TEXTS = {"empty": b"", "blank": b" \n\n\t \n" * 500, "latin1": "Übergröße ".encode("latin1") * 2000, "short": b"three words only",
+         "one window": b"x = 1\n" * 40, "binary": bytes(range(256)) * 100}
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_that_cannot_be_used(says, tmp_path, kind):
+    (tmp_path / "t.txt").write_bytes(TEXTS[kind])
+    assert str(tmp_path / "t.txt") in says(*train_with(tmp_path / "t.txt", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["/no/such/text.txt", "nothing", "no_such_owner/no_such_set"])
+def test_text_that_is_not_there(says, tmp_path, name): assert name in says(*train_with(name, tmp_path / "out"))
+
+
+def test_folder_without_text(says, tmp_path):
+    (tmp_path / "texts").mkdir()
+    assert "empty" in says(*train_with(tmp_path / "texts", tmp_path / "out"))
+
+
+def damaged_lm(saved, to, kind):
+    "A copy of a saved model with something wrong."
+    folder = shutil.copytree(saved, to)
+    if kind == "no weights": (folder / "model.safetensors").unlink()
+    elif kind == "no config": (folder / "config.json").unlink()
+    elif kind == "cut weights": (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    elif kind == "cut config": (folder / "config.json").write_text("{")
+    elif kind == "no tokenizer":
+        for p in folder.glob("tokenizer*"): p.unlink()
+    elif kind == "other sizes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict(n_embd=128)))
+    elif kind == "more blocks":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | dict(n_layer=6)))
+    elif kind == "unknown kind": (folder / "config.json").write_text('{"model_type": "unheard_of"}')
+    elif kind == "empty":
+        shutil.rmtree(folder); folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["no weights", "no config", "cut weights", "cut config", "no tokenizer", "other sizes", "more blocks", "unknown kind", "empty"])
+def test_damaged_model(says, saved, text, tmp_path, kind):
+    folder = damaged_lm(saved, tmp_path / "lm", kind)
+    assert str(folder) in says(*train_with(text, tmp_path / "out", lm=folder))
+
+
+def test_model_that_is_a_file(says, saved, text, tmp_path): assert "folder" in says(*train_with(text, tmp_path / "out", lm=saved / "model.safetensors"))
+
+
+def test_vocabulary_larger_than_the_model(says, saved, text, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    folder = shutil.copytree(saved, tmp_path / "lm")
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=2, n_positions=64)).save_pretrained(folder)
+    says(*train_with(text, tmp_path / "out", lm=folder))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_numbers(says, saved, text, tmp_path, bad):
+    lm = load_lm(str(saved), "cpu", "float32")
+    lm.blocks[1].mlp.c_proj.bias.data[0] = bad
+    folder = shutil.copytree(saved, tmp_path / "lm")
+    lm.model.save_pretrained(folder)
+    assert "NaN or infinity" in says(*train_with(text, tmp_path / "out", lm=folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_of_another_run(says, finished, text, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert "another run" in says(*train_with(text, folder, tokens=20_000, seed=4), "--resume")
+    assert "--resume" in says(*train_with(text, folder, tokens=20_000, seed=3))
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_folder_with_other_files(says, text, tmp_path):
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine/thesis.tex").write_text("42")
+    assert "other files" in says(*train_with(text, tmp_path / "mine"))
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("below", ["", "deeper", "deeper/still"])
+def test_out_that_is_a_file(says, text, tmp_path, below):
+    (tmp_path / "file").write_text("42")
+    assert "file" in says(*train_with(text, tmp_path / "file" / below))
+    assert (tmp_path / "file").read_text() == "42"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_out_where_nothing_can_be_made(says, text): assert "/proc/no" in says(*train_with(text, "/proc/no/run"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_out_without_permission(says, text, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot be written" in says(*train_with(text, tmp_path / "locked" / "run"))
+    assert "cannot be written" in says(*train_with(text, tmp_path / "locked"))
+
+
+# --- eval of what is no run --------------------------------------------------------------------------
+
+def test_eval_of_no_run(says, tmp_path):
+    assert "nowhere" in says("eval", tmp_path / "nowhere")
+    assert str(tmp_path) in says("eval", tmp_path)
+    says("eval")
+
+
+@pytest.mark.parametrize("tokens", ["0", "-4", "x", "inf"])
+def test_eval_of_no_tokens(says, finished, tokens): assert "tokens" in says("eval", finished, "--tokens", tokens)
+
+
+DAMAGE = {"cut": lambda b: b[:len(b) // 2], "emptied": lambda b: b"", "other bytes": lambda b: bytes(255 - x for x in b[:200]) + b[200:],
+          "other JSON": lambda b: b"{}", "a list": lambda b: b"[1]", "null": lambda b: b"null"}
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["sae.safetensors", "config.json", "cfg.json"])
+def test_eval_of_a_damaged_run(says, finished, tmp_path, name, how):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / name).write_bytes(DAMAGE[how]((folder / name).read_bytes()))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    sentence = says("eval", folder, "--tokens", "100")
+    assert name in sentence
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["metrics.json", "steps.jsonl"])
+def test_eval_with_a_damaged_record(finished, tmp_path, capfd, name, how):
+    "What eval writes anew or only draws, it may do without; a sentence is as good."
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / name).write_bytes(DAMAGE[how]((folder / name).read_bytes()))
+    code = main(["eval", str(folder), "--tokens", "100"])
+    assert code == 0 and (folder / "report.html").stat().st_size > 1000 or code == 2 and name in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sae.safetensors", "cfg.json", "config.json"])
+def test_eval_of_an_incomplete_run(says, finished, tmp_path, name):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / name).unlink()
+    says("eval", folder, "--tokens", "100")
+
+
+def test_eval_when_the_text_is_gone(says, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["run"]["text"] = str(tmp_path / "gone.txt")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "gone.txt" in says("eval", folder)
+
+
+def test_the_installed_command_says_it_too(saved, text, tmp_path):
+    folder = damaged_lm(saved, tmp_path / "lm", "no weights")
+    done = subprocess.run([sys.executable, "-c", "import sys; from sae_nb.cli import main; sys.exit(main())",
+                           *map(str, train_with(text, tmp_path / "out", lm=folder))], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("sae-nb: ") and done.stderr.count("\n") == 1 and not done.stdout
