@@ -19,9 +19,11 @@ from .core import UserError, check, generator, read_json, write_atomic
 from .lm import LM
 from .text import Text, Windows, windows
 
-# %% ../nbs/05_acts.ipynb #d16a2e8d
+# %% ../nbs/05_acts.ipynb #50ad121c
 def read_rows(lm:LM, batch:Windows, site) -> Float[Tensor, "m d"]:
     "The rows of all kept tokens of `batch`, in the model's precision; NaN or infinity is a `UserError`."
+    known = lm.model.get_input_embeddings().weight.shape[0]
+    check(batch.ids.max() < known, f"the tokenizer of {lm.name} gives token {int(batch.ids.max())} but the model knows {known}: use the tokenizer that belongs to it")
     rows = lm.read(batch.ids, site)[batch.keep.to(lm.device)]
     check(rows.isfinite().all(), f"activations at {site} of {lm.name} hold NaN or infinity (a window of {batch.docs[0]}): read them with dtype float32, or mend the model")
     return rows
@@ -33,7 +35,7 @@ class Block:
     rows:int                     # how many there are
     read:Callable[[], Tensor]    # reads them: [rows, d]
 
-# %% ../nbs/05_acts.ipynb #4d34208f
+# %% ../nbs/05_acts.ipynb #bc22b719
 def batches(blocks:Iterator[Block],  # endless or not
             batch:int,               # rows a batch
             seed:int=0,              # of the shuffle
@@ -42,6 +44,7 @@ def batches(blocks:Iterator[Block],  # endless or not
     "Shuffle each block and deal it out; the same seed and `skip` always give the same batches."
     for number, block in enumerate(blocks):
         have = block.rows // batch
+        check(have, f"batch is {batch} but a block holds {block.rows} rows: choose a smaller batch or larger blocks")
         if skip >= have: skip -= have; continue
         rows, order = block.read(), torch.randperm(block.rows, generator=generator(seed, "shuffle", number))
         for i in range(skip, have): yield rows[order[i * batch:(i + 1) * batch].to(rows.device)].float()
@@ -116,7 +119,7 @@ class Store:
 
 def _checksum(rows): return zlib.crc32(rows.contiguous().view(torch.uint8).numpy())
 
-# %% ../nbs/05_acts.ipynb #c135ae69
+# %% ../nbs/05_acts.ipynb #d2e982ef
 def write_store(folder,              # where to write; may hold a part of it already
                 stream:Stream,       # what to read
                 tokens:int,          # rows to write, at least
@@ -126,7 +129,8 @@ def write_store(folder,              # where to write; may hold a part of it alr
     "Write the stream's blocks as shards; shards whose file is there are kept."
     from safetensors.torch import save_file
     folder = Path(folder)
-    origin = origin or dict(lm=stream.lm.name, site=str(stream.site), text=stream.text.name, context=stream.context, block_rows=stream.block_rows, mix=stream.mix)
+    origin = origin or dict(lm=stream.lm.name, site=str(stream.site), text=stream.text.name, context=stream.context, block_rows=stream.block_rows,
+                            mix=stream.mix, held_out=stream.held_out, dtype=str(stream.lm.dtype))
     old = Store.open(folder) if (folder / "store.json").exists() else Store(folder, origin, [])
     check(old.origin == origin, f"{folder} holds other activations ({old.origin}): choose another folder")
     have = 0

@@ -79,7 +79,7 @@ def _fits(value, kind):
 
 def _articled(kind): return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, str(kind))
 
-# %% ../nbs/00_core.ipynb #e03206ad
+# %% ../nbs/00_core.ipynb #14bea5ab
 @dataclass(frozen=True)
 class Config:
     "Base of every configuration: frozen, checked once, JSON in and out."
@@ -109,19 +109,22 @@ class Config:
     @classmethod
     def load(cls, path):
         "Read the record from the JSON file at `path`."
-        return cls.from_dict(read_json(path))
+        try: return cls.from_dict(read_json(path))
+        except UserError as e: raise UserError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
 
     def _repr_markdown_(self):
         rows = [{"setting": f"`{f.name}`", "value": getattr(self, f.name), "meaning": f.metadata.get("help", "")} for f in fields(self)]
         return Table(rows)._repr_markdown_()
 
-# %% ../nbs/00_core.ipynb #d4061b57
+# %% ../nbs/00_core.ipynb #a1df7216
 def read_json(path):
     "The content of a JSON file, or a `UserError` that says what is wrong with it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path} does not exist: check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not readable as JSON ({e}): it may be damaged; restore or remove it") from None
+    check(isinstance(content, dict), f"{path} holds {type(content).__name__} where named values were expected: it may be damaged; restore or remove it")
+    return content
 
 # %% ../nbs/00_core.ipynb #6441da18
 def write_atomic(path,            # where the content shall stand
@@ -151,14 +154,15 @@ def generator(*key):
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
-# %% ../nbs/00_core.ipynb #895d6eda
+# %% ../nbs/00_core.ipynb #0583d370
 def pick_device(name:str="auto"   # auto, cpu, cuda, cuda:1, mps
                ):
     "The torch device of that name; `auto` takes the fastest there is."
     import torch
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try: device = torch.device(name)
-    except RuntimeError: raise UserError(f"device is {name!r}, which torch does not know: choose auto, cpu, cuda or mps") from None
+    except RuntimeError: device = None
+    check(device and device.type in ("cpu", "cuda", "mps"), f"device is {name!r}, which does not exist: choose auto, cpu, cuda or mps")
     cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     check(device.type != "cuda" or (device.index or 0) < cuda,
           f"device is {name!r} but this machine has {cuda} CUDA devices: choose auto or cpu")

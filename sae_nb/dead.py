@@ -53,7 +53,7 @@ class AuxK(Term):
     def state(self): return {"since": self.tracker.since}
     def load(self, state): self.tracker.since = state["since"].clone()
 
-# %% ../nbs/11_dead.ipynb #722a4d8d
+# %% ../nbs/11_dead.ipynb #91c9fbf0
 def aux_loss(sae, rows:Float[Tensor, "b d"], recon:Float[Tensor, "b d"],
              dead:Int[Tensor, "m"],  # the dead latents
              k:int                   # how many of them a row may use
@@ -63,8 +63,8 @@ def aux_loss(sae, rows:Float[Tensor, "b d"], recon:Float[Tensor, "b d"],
     pre = torch.addmm(sae.b_enc[dead], rows - sae.b_dec, sae.W_enc[dead].T)
     if k < len(dead): pre = torch.zeros_like(pre).scatter(-1, (top := pre.topk(k)).indices, top.values)
     guess = pre.relu() @ sae.W_dec[dead]
-    loss = (guess - error).square().mean() / (error - error.mean(0)).square().mean()
-    return loss.nan_to_num(0., 0., 0.)
+    variance = (error - error.mean(0)).square().mean()
+    return (guess - error).square().mean() / variance if variance > 0 else (guess * 0).sum()
 
 # %% ../nbs/11_dead.ipynb #40e17288
 class MultiTopK(Term):

@@ -55,12 +55,11 @@ def parse_site(name:str  # in any of the three spellings
     if (m := re.fullmatch(r"blocks\.(\d+)\.(.+)", name)) and m[2] in lens: return Site(lens[m[2]], m[1])
     return Site("module", name)
 
-# %% ../nbs/04_lm.ipynb #40479147
+# %% ../nbs/04_lm.ipynb #9b528530
 ATTENTION = ("attn", "attention", "self_attn", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 DOWN = ("c_proj", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 NORM_2 = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm", "layer_norm_2", "norm_2", "ffn_norm")
-
 def _child(module, names):
     "The first child of `module` that has one of these names."
     return next((c for n in names for k, c in module.named_children() if k == n), None)
@@ -102,7 +101,7 @@ def find_place(model, blocks, site:Site) -> Place:
     check(_child(mlp, DOWN), f"site {site}: the MLP has no output matrix that we recognise: name the module by its path")
     return Place(_child(mlp, DOWN), "input")
 
-# %% ../nbs/04_lm.ipynb #db8c9908
+# %% ../nbs/04_lm.ipynb #7f6863c3
 class _Stop(Exception): "Raised inside a forward pass to end it."
 
 @contextmanager
@@ -110,8 +109,7 @@ def _hooked(place, see):
     "While open, `see(x)` is called with the activation at `place`; what it returns, unless None, replaces it."
     def before(module, args, kwargs):
         x = see(args[0] if args else kwargs["hidden_states"])
-        if x is None: return None
-        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+        return None if x is None else ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
     def after(module, args, out):
         x = see(_first(out))
         return None if x is None else _with_first(out, x)
@@ -130,7 +128,7 @@ def _replaced(place, new):
     with _hooked(Place(place.block, "input"), lambda x: entered.append(x)), \
          _hooked(Place(place.writer, "output"), lambda out: new(entered[-1] + out) - entered.pop()): yield
 
-# %% ../nbs/04_lm.ipynb #6c51ebea
+# %% ../nbs/04_lm.ipynb #a36bf06f
 class LM:
     "A causal language model with named places."
     def __init__(self, model, tokenizer, name:str="model"):
@@ -159,7 +157,8 @@ class LM:
         with _hooked(find_place(self.model, self.blocks, parse_site(str(site))), see):
             try: self.model(ids.to(self.device), use_cache=False)
             except _Stop: pass
-        check(caught, f"site {site} is not passed when the model reads text: choose another")
+        ok = caught and isinstance(caught[0], Tensor) and caught[0].shape[:2] == ids.shape and caught[0].ndim == 3
+        check(ok, f"site {str(site)!r} does not give a vector for each token: choose another")
         return caught[0]
 
     def logits(self, ids:Int[Tensor, "b s"], site=None, new:Callable=None) -> Float[Tensor, "b s v"]:
@@ -170,7 +169,7 @@ class LM:
 
     def width(self, site) -> int:
         "Numbers in one activation vector at `site`."
-        return self.read(torch.zeros(1, 2, dtype=torch.long), site).shape[-1]
+        return self.read(torch.zeros(2, 3, dtype=torch.long), site).shape[-1]
 
     def __repr__(self):
         return f"LM({self.name}: {type(self.model).__name__}, {len(self.blocks or [])} blocks, {str(self.dtype)[6:]} on {self.device})"
@@ -186,7 +185,7 @@ def training_curve(name:str  # a packaged model
     "How a packaged model was trained: sizes, and tokens, FLOPs and held-out loss along the way."
     return json.loads((files("sae_nb") / "assets" / "models" / name / "curve.json").read_text())
 
-# %% ../nbs/04_lm.ipynb #ab9c58f1
+# %% ../nbs/04_lm.ipynb #79d0de93
 def load_lm(name:str,            # packaged name, folder, or hub name
             device:str="auto",   # see `pick_device`
             dtype:str="auto"     # auto, float32, bfloat16, float16
@@ -203,19 +202,19 @@ def load_lm(name:str,            # packaged name, folder, or hub name
     model = _pretrained(name, source, kind, "eager" if device.type == "cpu" else None)
     try: tokenizer = load_tokenizer(None if packaged else source)
     except Exception as e: raise UserError(f"lm {name!r} has no tokenizer that can be read ({reason(e)}): save one beside the model") from None
-    check(len(tokenizer) <= (rows := model.get_input_embeddings().weight.shape[0]), f"lm {name!r} knows {rows} tokens but its tokenizer has {len(tokenizer)}: save the tokenizer that belongs to it")
+    check(len(tokenizer) > len(tokenizer.all_special_ids), f"lm {name!r} has no tokenizer: save one beside the model")
     return LM(model.to(device), tokenizer, name)
 
-# %% ../nbs/04_lm.ipynb #272bddf7
+# %% ../nbs/04_lm.ipynb #7927b594
 def _pretrained(name, source, dtype, attention):
     "The model in `source`, or one sentence about why not."
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-    logging.disable_progress_bar()
+    logging.disable_progress_bar(); level = logging.get_verbosity(); logging.set_verbosity_error()
     try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, output_loading_info=True)
     except Exception as e:
         known = f"known without a network: {', '.join(packaged_lms())}"
         raise UserError(f"lm {name!r} could not be loaded ({reason(e)}): {known}") from None
-    finally: logging.enable_progress_bar()
+    finally: logging.enable_progress_bar(); logging.set_verbosity(level)
     check(not info["missing_keys"], f"lm {name!r} lacks weights, {next(iter(info['missing_keys']), '')} among them: the checkpoint does not fit its config.json")
     return model

@@ -82,10 +82,11 @@ def texts(tokenizer, ids:list) -> list:
     whole = [tokenizer.decode(ids[:i], clean_up_tokenization_spaces=False) for i in range(len(ids) + 1)]
     return [b[len(a):] if b.startswith(a) else tokenizer.decode([i], clean_up_tokenization_spaces=False) for a, b, i in zip(whole, whole[1:], ids)]
 
-# %% ../nbs/90_report.ipynb #fe01784a
+# %% ../nbs/90_report.ipynb #db60cbfa
 def curves(steps:list) -> list:
     "Pictures of the loss and the dead share along a run."
     seen, dead = [s for s in steps if s.get("held_out") is not None], [s for s in steps if s["dead"] is not None]
+    if not steps: return ["The steps of this run were not kept."]
     loss = {"training batch": ([s["tokens"] for s in steps], [s["nmse"] for s in steps])}
     if seen: loss["held out"] = ([s["tokens"] for s in seen], [s["held_out"] for s in seen])
     out = [lines(loss, title="How did the loss fall?", x="tokens", y="normalised MSE", log_y=True)]

@@ -6,10 +6,10 @@
 __all__ = ['BASE_LR', 'recipe', 'RunConfig', 'save_checkpoint', 'load_checkpoint', 'open_run', 'read_steps', 'run_blocks', 'run',
            'finish', 'runs_table']
 
-# %% ../nbs/12_runs.ipynb #4866e03a
+# %% ../nbs/12_runs.ipynb #db10c784
 import hashlib, json, math, time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from .sae import SAE, SAEConfig, init_paper_, load_weights
 from .text import load_text
 from .train import State, Step, TrainConfig, held_out_nmse, row_scale, train
 
-# %% ../nbs/12_runs.ipynb #2d734cf5
+# %% ../nbs/12_runs.ipynb #c2af75f9
 def recipe(n:int,         # latents
            k:int,         # active latents
            tokens:int,    # rows to train on
@@ -37,11 +37,11 @@ def recipe(n:int,         # latents
     rule = dict(tokens=tokens, batch=batch,
                 lr=BASE_LR * (2**12 / n) ** 0.5 * min(1., (batch / 2048) ** 0.5),
                 ema=max(0., min(0.999, 1 - 25 / steps)),
-                decay=0.2, k_aux=power_of_two(d / 2), dead_tokens=max(1, min(10_000_000, tokens // 10)),
+                decay=0.2, k_aux=power_of_two(d / 2), dead_tokens=max(1, min(10_000_000, tokens // 20)),
                 eval_every=max(1, steps // 20))
     return TrainConfig(**{**rule, **settings})
 
-BASE_LR = 1.5e-3  # at n = 4096 and a batch of 2048, by the sweep below
+BASE_LR = 2.2e-3  # at n = 4096 and a batch of 2048
 
 # %% ../nbs/12_runs.ipynb #141d134c
 @dataclass(frozen=True)
@@ -81,10 +81,12 @@ class RunConfig(Config):
         steps = -(-self.tokens // self.batch)
         return recipe(self.n, self.k, self.tokens, d, batch=self.batch, ema=max(0., min(0.999, 1 - 25 / steps)), eval_every=max(1, steps // 20), **own)
 
-# %% ../nbs/12_runs.ipynb #afdbc13f
+# %% ../nbs/12_runs.ipynb #a9f25b79
 def _digest(tensors):
     h = hashlib.sha256()
-    for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for k, t in sorted(tensors.items()):
+        h.update(f"{k} {t.dtype} {tuple(t.shape)}".encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 def save_checkpoint(folder, state:State):
@@ -103,12 +105,13 @@ def load_checkpoint(folder, state:State):
     check(_digest(tensors) == known, f"{path} is damaged: delete it to start this run from the beginning, or restore it from a copy")
     state.load(tensors)
 
-# %% ../nbs/12_runs.ipynb #21c46e52
+# %% ../nbs/12_runs.ipynb #1be9dc20
 def open_run(folder, cfg:RunConfig, resume:bool) -> Path:
     "Make `folder` the place of this run, or say in one sentence why it cannot be."
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in (*folder.glob(".*.tmp"), *folder.glob("checkpoint/.*.tmp")): left.unlink()   # of a write that was killed
         mine = (folder / "config.json").exists()
         check(mine or not any(p for p in folder.iterdir() if not p.name.startswith(".")), f"{folder} holds other files: choose an empty folder")
         if mine:
@@ -120,30 +123,29 @@ def open_run(folder, cfg:RunConfig, resume:bool) -> Path:
     except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror}): choose another folder") from None
     return folder
 
-# %% ../nbs/12_runs.ipynb #8faf983e
+# %% ../nbs/12_runs.ipynb #a946b3b1
 def _keep_steps(folder, upto):
     "Cut `steps.jsonl` back to the step of the checkpoint."
-    path = Path(folder) / "steps.jsonl"
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: ok = json.loads(line)["step"] <= upto
-        except (json.JSONDecodeError, KeyError): ok = False
-        if ok: kept.append(line + "\n")
-    write_atomic(path, "".join(kept))
+    write_atomic(Path(folder) / "steps.jsonl", "".join(json.dumps(s) + "\n" for s in read_steps(folder) if s["step"] <= upto))
 
 def read_steps(folder) -> list:
-    "The steps of a run, as dictionaries."
-    return [json.loads(line) for line in (Path(folder) / "steps.jsonl").read_text().splitlines()]
+    "The steps of a run, as dictionaries; lines that are none are passed over."
+    path, steps = Path(folder) / "steps.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try: step = json.loads(line)
+        except json.JSONDecodeError: continue
+        if isinstance(step, dict) and {f.name for f in fields(Step)} <= set(step): steps.append(step)
+    return steps
 
-# %% ../nbs/12_runs.ipynb #8cd5705f
+# %% ../nbs/12_runs.ipynb #924b1e1d
 def run_blocks(cfg:RunConfig, lm:LM, text, batch:int):
     "The blocks of rows that a run trains on: read on the way, or from its store."
-    most, site = min(131_072, 2**28 // (4 * lm.width(cfg.site))), str(lm.site(cfg.site))
+    most, site = max(4 * batch, min(131_072, 2**28 // (4 * lm.width(cfg.site)))), str(lm.site(cfg.site))
     if cfg.store:
-        origin = dict(lm=cfg.lm, site=site, text=cfg.text, context=cfg.context, dtype=str(lm.dtype))
+        origin = dict(lm=cfg.lm, site=site, text=cfg.text, context=cfg.context, dtype=str(lm.dtype), block_rows=most)
         blocks = math.ceil((cfg.tokens + batch) / (most - batch))
         return write_store(cfg.store, Stream(lm, text, site, cfg.context, most, mix=16_384), blocks * most, origin).blocks()
-    count = math.ceil(cfg.tokens / max(most, 4 * batch))
+    count = math.ceil(cfg.tokens / most)
     rows = (math.ceil(cfg.tokens / batch / count) + 1) * batch
     return Stream(lm, text, site, cfg.context, rows, mix=min(16_384, max(64, 2 * cfg.tokens // cfg.context))).blocks()
 

@@ -112,7 +112,7 @@ def _cut(s, start, size):
     end = next((e for e in ends if e), start + size)
     return end, end
 
-# %% ../nbs/03_text.ipynb #24520da3
+# %% ../nbs/03_text.ipynb #15d72d01
 def _chunks(path):
     "The file's text, a megabyte at a time."
     try:
@@ -125,8 +125,8 @@ def text_files(name:str,    # a file, or a folder
                size:int=0   # longest piece (characters); 0: a fortieth of the text, 200 to 65,536
               ) -> Text:
     "The text of one file, or of all files below a folder."
-    path = Path(name)
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    path, hidden = Path(name), lambda p: any(part.startswith(".") or part == "__pycache__" for part in p.parts)
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p.relative_to(path)))
     total = sum(p.stat().st_size for p in paths)
     check(total > 0, f"text {name!r} is empty: give a file or folder with UTF-8 text")
     size = size or min(max(total // 40, 200), 65_536)
