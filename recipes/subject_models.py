@@ -1,7 +1,7 @@
 """Re-make the packaged subject models from the Python standard library.
 
     python recipes/subject_models.py tokenizer --out DIR
-    python recipes/subject_models.py train --width 256 --tokens 24_000_000 --out DIR
+    python recipes/subject_models.py train --width 256 --out DIR
     python recipes/subject_models.py pack --out DIR       # float16 weights + curves into sae_nb/assets
 
 Training text: library modules and documentation topics not held out, plus the test suite at a fixed
@@ -18,6 +18,8 @@ from sae_nb.core import write_atomic
 from sae_nb.text import is_held_out, python_library, python_topics
 
 SIZES = {64: dict(n_layer=4, n_head=2), 128: dict(n_layer=4, n_head=2), 256: dict(n_layer=6, n_head=4)}
+# tokens, AdamW's and Muon's learning rate of the packaged models; rates from short sweeps at widths 64 and 256
+SETTINGS = {64: (24_000_000, 6e-3, 0.04), 128: (11_000_000, 5e-3, 0.035), 256: (14_000_000, 4e-3, 0.03)}
 VOCAB, CONTEXT, TEST_SHARE, TEST_CAP, EOT = 4096, 256, 0.3, 65_536, "<|endoftext|>"
 
 
@@ -166,16 +168,18 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["tokenizer", "train", "pack"])
     p.add_argument("--out", required=True); p.add_argument("--width", type=int, choices=list(SIZES), default=256)
-    p.add_argument("--tokens", type=lambda s: int(s.replace("_", "")), default=24_000_000)
+    p.add_argument("--tokens", type=lambda s: int(s.replace("_", "")), help="training tokens (default: by width)")
     p.add_argument("--batch", type=int, default=16, help="windows a step")
-    p.add_argument("--lr", type=float, default=3e-3); p.add_argument("--muon-lr", type=float, default=0.02)
+    p.add_argument("--lr", type=float, help="AdamW's (default: by width)"); p.add_argument("--muon-lr", type=float)
     p.add_argument("--assets", default="sae_nb/assets", help="where pack puts them")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--stop-after", type=float, default=math.inf, help="seconds, then save and stop")
     a = p.parse_args()
     if a.what == "tokenizer": make_tokenizer(a.out)
     elif a.what == "pack": pack(a.out, a.assets)
-    else: train(a.out, a.width, a.tokens, a.batch, a.device, a.lr, a.muon_lr, stop_after=a.stop_after)
+    else:
+        tokens, lr, muon_lr = SETTINGS[a.width]
+        train(a.out, a.width, a.tokens or tokens, a.batch, a.device, a.lr or lr, a.muon_lr or muon_lr, stop_after=a.stop_after)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Parser', 'number', 'add_fields', 'parser', 'progress', 'train', 'run_config', 'measure', 'run_command', 'main']
 
-# %% ../nbs/91_cli.ipynb #6db09dd8
+# %% ../nbs/91_cli.ipynb #850e14ff
 import argparse
 import json
+import logging
 import math
 import sys
 from dataclasses import MISSING, asdict, fields
@@ -103,7 +104,7 @@ def measure(folder, lm, tokens:int, rate:float=None):
     print(metrics.table(), f"\nreport: {path}")
     return metrics
 
-# %% ../nbs/91_cli.ipynb #0084d7f1
+# %% ../nbs/91_cli.ipynb #1b4fc991
 def run_command(args):
     "Do what the parsed arguments ask for."
     from sae_nb.lm import load_lm
@@ -118,6 +119,7 @@ def run_command(args):
 
 def main(argv:list=None) -> int:
     "Run `sae-nb`; 0 when all went well, 2 with one sentence on stderr for a mistake of the caller."
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # its retries would stand before our sentence
     try:
         top = parser()
         args = top.parse_args(argv)
