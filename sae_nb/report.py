@@ -63,7 +63,7 @@ def strongest(top:TopContexts, count:int=12, most:float=0.02, least:int=8) -> li
     score = torch.where(rare, top.squares, -torch.ones_like(top.squares))
     return [i for i in score.argsort(descending=True)[:count].tolist() if score[i] > 0]
 
-# %% ../nbs/90_report.ipynb #7bd6d1a8
+# %% ../nbs/90_report.ipynb #f37805f5
 def contexts(sae:SAE, lm:LM, top:TopContexts, latent:int, site, count:int=4, around:int=24) -> list:
     "The strongest windows of a latent as token strips, cut around their peak."
     where, strips, all_ids = top.where[latent], [], torch.cat(top.ids)
@@ -74,7 +74,7 @@ def contexts(sae:SAE, lm:LM, top:TopContexts, latent:int, site, count:int=4, aro
         acts = (z.values * (z.indices == latent)).sum(-1).detach().cpu() * ~torch.isin(ids[0], special)
         peak = int(acts.argmax())
         span = slice(max(0, peak - around), peak + around // 2)
-        strips.append(token_strip(texts(lm.tokenizer, ids[0, span].tolist()), acts[span].tolist(), caption=f"{top.docs[w]}, largest activation {acts[peak]:.2f}", scale=top.values[latent].max().item()))
+        strips.append(token_strip(texts(lm.tokenizer, ids[0, span].tolist()), acts[span].tolist(), caption=f"largest activation {acts[peak]:.2f}, in a window that begins in {top.docs[w]}", scale=top.values[latent].max().item()))
     return strips
 
 def texts(tokenizer, ids:list) -> list:
