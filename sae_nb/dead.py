@@ -66,7 +66,7 @@ def aux_loss(sae, rows:Float[Tensor, "b d"], recon:Float[Tensor, "b d"],
     variance = (error - error.mean(0)).square().mean()
     return (guess - error).square().mean() / variance if variance > 0 else (guess * 0).sum()
 
-# %% ../nbs/11_dead.ipynb #40e17288
+# %% ../nbs/11_dead.ipynb #5a35abea
 class MultiTopK(Term):
     "Add an eighth of the loss at 4k latents."
     name = "multi_topk"
@@ -76,7 +76,7 @@ class MultiTopK(Term):
         wide = SparseDecode.apply(*more, sae.W_dec) + sae.b_dec
         return (wide - rows).square().mean() * state.scale / 8
 
-# %% ../nbs/11_dead.ipynb #ea2b77f1
+# %% ../nbs/11_dead.ipynb #d005ea2c
 def paper_terms(n:int, d:int, cfg:TrainConfig) -> list:
     "The loss terms that the configuration asks for."
     return [AuxK(n, d, cfg)] + ([MultiTopK()] if cfg.multi_topk else [])
