@@ -6,9 +6,10 @@
 __all__ = ['UserError', 'check', 'reason', 'short', 'Table', 'setting', 'Config', 'read_json', 'write_atomic', 'seed_all',
            'generator', 'pick_device', 'fast_dtype']
 
-# %% ../nbs/00_core.ipynb #38d07016
+# %% ../nbs/00_core.ipynb #1e425a30
 import json, math, os, random
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #94aec54c
@@ -169,7 +170,8 @@ def pick_device(name:str="auto"   # auto, cpu, cuda, cuda:1, mps
     check(device.type != "mps" or torch.backends.mps.is_available(), f"device is {name!r} but this machine has no MPS: choose auto or cpu")
     return device
 
-# %% ../nbs/00_core.ipynb #428819f2
+# %% ../nbs/00_core.ipynb #7eae4516
+@lru_cache
 def fast_dtype(device):
     "bfloat16 where `device` computes in it natively, else float32."
     import torch

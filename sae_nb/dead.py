@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['Tracker', 'power_of_two', 'AuxK', 'aux_loss', 'MultiTopK', 'paper_terms']
 
-# %% ../nbs/11_dead.ipynb #24db5228
+# %% ../nbs/11_dead.ipynb #d9e9acbe
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .sae import SparseDecode, TopKEncode
+from .kernels import Tape
+from .sae import top_k
 from .train import Term, TrainConfig
 
 # %% ../nbs/11_dead.ipynb #1bd10085
@@ -31,7 +33,7 @@ class Tracker:
         "Which latents are dead."
         return self.since > self.dead_tokens
 
-# %% ../nbs/11_dead.ipynb #d7263964
+# %% ../nbs/11_dead.ipynb #79716585
 def power_of_two(x:float) -> int:
     "The power of two nearest to `x` in ratio, at least 1."
     return 2 ** max(0, round(torch.log2(torch.tensor(float(max(x, 1)))).item()))
@@ -47,33 +49,32 @@ class AuxK(Term):
         self.tracker.update(values, indices)
         dead = self.tracker.dead().nonzero().squeeze(-1)
         if not len(dead) or not self.weight: return recon.new_zeros(())
-        return self.weight * aux_loss(state.sae, rows, recon, dead, self.k)
+        return self.weight * aux_loss(state.tape, rows, recon, dead, self.k)
 
     def report(self): return {"dead": self.tracker.dead().float().mean().item()}
     def state(self): return {"since": self.tracker.since}
     def load(self, state): self.tracker.since = state["since"].clone()
 
-# %% ../nbs/11_dead.ipynb #91c9fbf0
-def aux_loss(sae, rows:Float[Tensor, "b d"], recon:Float[Tensor, "b d"],
-             dead:Int[Tensor, "m"],  # the dead latents
+# %% ../nbs/11_dead.ipynb #6269ecce
+def aux_loss(tape:Tape, rows:Float[Tensor, "b d"], recon:Float[Tensor, "b d"],
+             dead:Int[Tensor, "m"],  # the dead latents, ascending
              k:int                   # how many of them a row may use
             ) -> Float[Tensor, ""]:
     "Error of the dead latents' reconstruction of the error, over the error's variance in the batch."
     error = (rows - recon).detach()
-    pre = torch.addmm(sae.b_enc[dead], rows - sae.b_dec, sae.W_enc[dead].T)
-    if k < len(dead): pre = torch.zeros_like(pre).scatter(-1, (top := pre.topk(k)).indices, top.values)
-    guess = pre.relu() @ sae.W_dec[dead]
+    W_enc, b_enc, W_dec = tape.latents(dead)
+    pre = F.linear(rows, W_enc, b_enc - W_enc @ tape.sae.b_dec)   # as of rows - b_dec, without its gradient for every row
+    if k < len(dead): pre = torch.zeros_like(pre).scatter(-1, (top := top_k(pre, k))[1], top[0])
+    guess = pre.relu() @ W_dec
     variance = (error - error.mean(0)).square().mean()
     return (guess - error).square().mean() / variance if variance > 0 else (guess * 0).sum()
 
-# %% ../nbs/11_dead.ipynb #5a35abea
+# %% ../nbs/11_dead.ipynb #ec9ce81a
 class MultiTopK(Term):
     "Add an eighth of the loss at 4k latents."
     name = "multi_topk"
     def loss(self, state, rows, values, indices, recon):
-        sae = state.sae
-        more = TopKEncode.apply(rows, sae.W_enc, sae.b_enc, sae.b_dec, min(4 * sae.cfg.k, sae.cfg.n), sae.cfg.relu)
-        wide = SparseDecode.apply(*more, sae.W_dec) + sae.b_dec
+        wide = state.tape.decode(*state.tape.encode(rows, min(4 * state.sae.cfg.k, state.sae.cfg.n)))
         return (wide - rows).square().mean() * state.scale / 8
 
 # %% ../nbs/11_dead.ipynb #d005ea2c
