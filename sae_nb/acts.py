@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NORMALISE', 'read_rows', 'Block', 'batches', 'Stream', 'Store', 'write_store', 'Normed', 'normalise']
 
-# %% ../nbs/05_acts.ipynb #c4d4d6eb
+# %% ../nbs/05_acts.ipynb #5cf4c1e0
 import json, zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,29 +29,42 @@ def read_rows(lm:LM, batch:Windows, site) -> Float[Tensor, "m d"]:
     check(rows.isfinite().all(), f"activations at {site} of {lm.name} hold NaN or infinity (a window of {batch.docs[0]}): read them with dtype float32, or mend the model")
     return rows
 
-# %% ../nbs/05_acts.ipynb #c6959783
+# %% ../nbs/05_acts.ipynb #df099e0c
 @dataclass(frozen=True)
 class Block:
     "Rows that are shuffled together."
     rows:int                     # how many there are
     read:Callable[[], Tensor]    # reads them: [rows, d]
+    ahead:bool=False             # may be read while the block before it is dealt out, as from a disk
 
-# %% ../nbs/05_acts.ipynb #bc22b719
+# %% ../nbs/05_acts.ipynb #19374a04
 def batches(blocks:Iterator[Block],  # endless or not
             batch:int,               # rows a batch
             seed:int=0,              # of the shuffle
             skip:int=0               # batches to pass over without reading them
            ) -> Iterator[Float[Tensor, "b d"]]:
     "Shuffle each block and deal it out; the same seed and `skip` always give the same batches."
+    plan, reader = _plan(blocks, batch, skip), ThreadPoolExecutor(1)
+    try:
+        now, rows = next(plan, None), None
+        while now:
+            number, block, places = now
+            rows, following = rows.result() if rows else block.read(), None
+            if block.ahead and (following := next(plan, None)): coming = reader.submit(following[1].read)
+            order = torch.randperm(block.rows, generator=generator(seed, "shuffle", number))
+            for i in places: yield rows[order[i * batch:(i + 1) * batch].to(rows.device)].float()
+            now, rows = (following, coming) if following else (next(plan, None), None)
+    finally: reader.shutdown(wait=False, cancel_futures=True)
+
+def _plan(blocks, batch, skip):
+    "Each block's number, the block, and which of its batches are wanted; blocks that are skipped are not read."
     for number, block in enumerate(blocks):
         have = block.rows // batch
         check(have, f"batch is {batch} but a block holds {block.rows} rows: choose a smaller batch or larger blocks")
-        if skip >= have: skip -= have; continue
-        rows, order = block.read(), torch.randperm(block.rows, generator=generator(seed, "shuffle", number))
-        for i in range(skip, have): yield rows[order[i * batch:(i + 1) * batch].to(rows.device)].float()
-        skip = 0
+        if skip < have: yield number, block, range(skip, have)
+        skip = max(0, skip - have)
 
-# %% ../nbs/05_acts.ipynb #a84f37df
+# %% ../nbs/05_acts.ipynb #bb235bc7
 @dataclass(frozen=True)
 class Stream:
     "Blocks of rows, read from a model on the way."
@@ -80,10 +94,20 @@ class Stream:
         for w in self.windows():
             held, count = held + [w], count + int(w.keep.sum())
             if count < self.block_rows: continue
-            yield Block(count, lambda held=held: torch.cat([read_rows(self.lm, w, self.site) for w in held]))
+            yield Block(count, lambda held=held, count=count: self._read(held, count), ahead=self.lm.device.type != "cpu")
             held, count = [], 0
 
-# %% ../nbs/05_acts.ipynb #f45b97b3
+    def _read(self, held, count):
+        "The rows of the windows `held`, each written once to where it stays."
+        out, at = None, 0
+        for w in held:
+            rows = read_rows(self.lm, w, self.site)
+            if out is None: out = rows.new_empty(count, rows.shape[1])
+            out[at:at + len(rows)] = rows
+            at += len(rows)
+        return out
+
+# %% ../nbs/05_acts.ipynb #5bb6fb3d
 @dataclass(frozen=True)
 class Store:
     "A folder of activations, memory-mapped."
@@ -115,7 +139,7 @@ class Store:
     def blocks(self) -> Iterator[Block]:
         "The shards as blocks, pass after pass."
         check(self.shards, f"{self.folder} holds no activations yet: write the store first")
-        while True: yield from (Block(s["rows"], lambda i=i: self.read(i)) for i, s in enumerate(self.shards))
+        while True: yield from (Block(s["rows"], lambda i=i: self.read(i), ahead=True) for i, s in enumerate(self.shards))
 
 def _checksum(rows): return zlib.crc32(rows.contiguous().view(torch.uint8).numpy())
 

@@ -6,7 +6,7 @@
 __all__ = ['Average', 'Term', 'TrainConfig', 'State', 'Step', 'forward_backward', 'gradients', 'learning_rate', 'update', 'train',
            'row_scale', 'held_out_nmse']
 
-# %% ../nbs/10_train.ipynb #7eefc3e0
+# %% ../nbs/10_train.ipynb #ed7affc9
 import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .acts import normalise
 from .core import Config, UserError, check, reason, setting
+from .gpu import register
 from .kernels import HOW, Gradient, Tape, adam_rows_, fast_float32
 from .sae import SAE, nmse, unit_rows_
 
@@ -88,12 +89,13 @@ class TrainConfig(Config):
     @property
     def steps(self): return -(-self.tokens // self.batch)
 
-# %% ../nbs/10_train.ipynb #b77b2d5e
+# %% ../nbs/10_train.ipynb #fb58d7d0
 class State:
     "All that changes while an SAE is trained."
     def __init__(self, sae:SAE, cfg:TrainConfig, terms:Iterable[Term]=(), scale:float=None):
         self.sae, self.cfg, self.terms = sae, cfg, list(terms)
         self.step, self.scale = 0, scale     # steps done; 1 / variance of the rows, taken from the first batch when None
+        register()                           # the kernels of an accelerator, if there is one
         self.tape = Tape(sae, cfg.encoder)   # collects the sparse gradients
         self.adam = {k: (torch.zeros_like(v), torch.zeros_like(v)) for k, v in sae.state_dict().items()}   # its means and mean squares
         self.average = Average(sae, cfg.ema) if cfg.ema else None
@@ -125,7 +127,7 @@ class State:
         except (KeyError, RuntimeError, ValueError) as e:
             raise UserError(f"the checkpoint does not fit this run ({reason(e)}): start the run again in another folder") from None
 
-# %% ../nbs/10_train.ipynb #6f21e4f2
+# %% ../nbs/10_train.ipynb #4191de90
 @dataclass(frozen=True)
 class Step:
     "What one step of training came to."
@@ -138,6 +140,8 @@ class Step:
     lr:float           # learning rate of this step
     grad_norm:float    # length of the gradient
     rate:float         # rows a second, since this call of `train`
+    waited:float       # seconds that this step waited for its rows
+    took:float         # seconds that it then needed
     held_out:float=None  # normalised MSE on held-out rows, where it was measured
 
 # %% ../nbs/10_train.ipynb #19db3cee
@@ -186,7 +190,7 @@ def update(state:State) -> float:
     if state.average: state.average.update(sae)
     return total.sqrt().item()
 
-# %% ../nbs/10_train.ipynb #ac113b2f
+# %% ../nbs/10_train.ipynb #de2981cf
 def train(sae:SAE,
           batches:Iterable[Float[Tensor, "b d"]],   # rows as the model gives them
           cfg:TrainConfig,
@@ -196,19 +200,21 @@ def train(sae:SAE,
          ) -> Iterator[Step]:
     "Train `sae` and yield a `Step` after each update."
     state = state or State(sae, cfg, terms)
-    start, first = time.perf_counter(), state.step
-    for rows in batches:
-        if state.step >= cfg.steps: return
-        rows = rows.to(sae.W_enc)
+    start, first, batches = time.perf_counter(), state.step, iter(batches)
+    while state.step < cfg.steps:
+        began = time.perf_counter()
+        if (rows := next(batches, None)) is None: return
+        waited, rows = time.perf_counter() - began, rows.to(sae.W_enc)
         if state.scale is None: state.scale = row_scale(sae, rows)
         lr, parts = learning_rate(cfg, state.step), forward_backward(state, rows)
         check(all(v == v and abs(v) != float("inf") for v in parts.values()),
               f"the loss is not finite at step {state.step + 1} ({parts}): choose a smaller lr than {cfg.lr}, or clip the gradient")
         norm = update(state)
+        took = time.perf_counter() - began - waited
         dead = next((r["dead"] for t in state.terms if "dead" in (r := t.report())), None)
         look = held_out is not None and (state.step % cfg.eval_every == 0 or state.step == cfg.steps)
         yield Step(state.step, min(state.step * cfg.batch, cfg.tokens), sum(parts.values()), parts["nmse"], parts, dead, lr, norm,
-                   (state.step - first) * cfg.batch / (time.perf_counter() - start), held_out_nmse(state.best(), held_out) if look else None)
+                   (state.step - first) * cfg.batch / (time.perf_counter() - start), waited, took, held_out_nmse(state.best(), held_out) if look else None)
 
 def row_scale(sae:SAE, rows) -> float:
     "One over the variance of the rows in the SAE's units: the normaliser of the squared error, fixed for a whole run."
