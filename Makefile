@@ -16,7 +16,7 @@ OUT ?= runs/first
 
 BIN := .venv/bin
 READY := .venv/.ready
-.PHONY: train test lab export readme notebooks docs-check models setup
+.PHONY: train test bench lab export readme notebooks docs-check models setup
 
 train: $(READY)
 	$(BIN)/sae-nb train --lm $(LM) --text $(TEXT) --site $(SITE) --n $(N) --k $(K) --tokens $(TOKENS) --out $(OUT) --resume
@@ -33,6 +33,10 @@ $(READY): settings.ini pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
+
+# our training step beside a dense reference and installed peers: benchmarks/README.md; half an hour on a quiet machine
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py
 
 lab: $(READY)
 	$(BIN)/python -m pip install --quiet jupyterlab

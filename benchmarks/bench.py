@@ -7,7 +7,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # before torch: threads that wait shall not spin, or a neighbour on the machine costs tenfold
 
 import torch
 

@@ -10,7 +10,7 @@ from torch import nn
 from sae_nb.core import generator
 from sae_nb.dead import paper_terms, power_of_two
 from sae_nb.runs import recipe
-from sae_nb.sae import SAE, SAEConfig, init_paper_, nmse, unit_rows_
+from sae_nb.sae import SAE, SAEConfig, init_, nmse, unit_rows_
 from sae_nb.toy import planted
 from sae_nb.train import State, TrainConfig, forward_backward, held_out_nmse, row_scale, update
 
@@ -71,7 +71,7 @@ def settings(work:Work, lr:float=0.) -> TrainConfig:
 
 def fresh(work:Work, rows, dead:int=0) -> SAE:
     "An SAE initialised as in the paper, `dead` of its latents silenced."
-    sae = init_paper_(SAE(SAEConfig(d=work.d, n=work.n, k=work.k, normalise="none")).to(work.device), rows)
+    sae = init_(SAE(SAEConfig(d=work.d, n=work.n, k=work.k, normalise="none")).to(work.device), rows)
     if dead: sae.b_enc.data[silent(work, dead)] = NEVER
     return sae
 

@@ -15,7 +15,7 @@ from .kernels import Tape
 from .sae import top_k
 from .train import Term, TrainConfig
 
-# %% ../nbs/11_dead.ipynb #1bd10085
+# %% ../nbs/11_dead.ipynb #2bfe2801
 class Tracker:
     "Tokens since each latent last fired."
     def __init__(self, n:int,         # latents
@@ -27,7 +27,9 @@ class Tracker:
     def update(self, values:Float[Tensor, "b k"], indices:Int[Tensor, "b k"]):
         "Take one batch's code in."
         self.since = self.since.to(indices.device) + len(values)
-        self.since[indices[values > self.threshold]] = 0
+        nobody = torch.full_like(indices, len(self.since))   # where a latent was chosen but does not fire
+        fired = torch.where(values > self.threshold, indices, nobody).flatten()
+        self.since = F.pad(self.since, (0, 1)).index_fill_(0, fired, 0)[:-1]
 
     def dead(self) -> Bool[Tensor, "n"]:
         "Which latents are dead."

@@ -6,15 +6,14 @@
 __all__ = ['CHUNK', 'HOW', 'Pairs', 'pair_sum', 'pair_dots', 'held', 'fast_float32', 'in_portions', 'encode_float32',
            'upper_bounds', 'true_values', 'best_of', 'encode_certified', 'encode', 'Gradient', 'adam_rows_', 'Tape']
 
-# %% ../nbs/07_kernels.ipynb #bdc75fd3
-from collections.abc import Iterator
+# %% ../nbs/07_kernels.ipynb #9fd4c8d9
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.optim.adam import adam
 
@@ -48,12 +47,14 @@ def pair_sum(pairs:Pairs,
     a, z = pairs.starts[lo].item(), pairs.starts[hi].item()
     return F.embedding_bag(pairs.rows[a:z], rows, pairs.starts[lo:hi] - a, per_sample_weights=weights[a:z], mode="sum")
 
-# %% ../nbs/07_kernels.ipynb #a90e29e8
+# %% ../nbs/07_kernels.ipynb #d4ec2612
 @routed
 def pair_dots(pairs:Pairs, W:Float[Tensor, "n d"], rows:Float[Tensor, "b d"]) -> Float[Tensor, "m"]:
     "The product of latent and row for each pair, in the order of the flattened code."
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(W, rows, pairs.rows, pairs.starts[:-1], pairs.latents.long(), 0)
+    dots = _dots(W, rows, pairs.rows, pairs.starts[:-1], pairs.latents.long(), 0)
     return torch.empty_like(dots).scatter_(0, pairs.order, dots)
+
+_dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
 
 # %% ../nbs/07_kernels.ipynb #4e12786d
 @contextmanager
@@ -77,15 +78,14 @@ def _is_float32():
     with fast_float32(tested=False): got, want = x @ W.T, x.double() @ W.double().T
     return ((got - want).norm() / want.norm()).item() < 2e-6
 
-# %% ../nbs/07_kernels.ipynb #2b585e07
+# %% ../nbs/07_kernels.ipynb #44ab15b3
 CHUNK = 2**22  # pre-activations that stand in memory at a time
 
 def in_portions(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], finish):
     "Call `finish` on the pre-activations `x @ W.T`, some rows at a time, and join what it gives."
     size = max(128, CHUNK * (16 if x.is_cuda else 1) // len(W))
     out = x.new_empty(min(size, len(x)), len(W))
-    parts = [finish(torch.mm(part, W.T, out=out[:len(part)])) for part in x.split(size)]
-    return [torch.cat(column) for column in zip(*parts)]
+    return [torch.cat(c) for c in zip(*(finish(torch.mm(part, W.T, out=out[:len(part)])) for part in x.split(size)))]
 
 def encode_float32(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tensor, "n"], k:int):
     "Values and indices of the k largest latents of each row, before any ReLU."
@@ -105,9 +105,12 @@ def upper_bounds(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tens
     right[:, d + 1] = (bias - right[:, d]) + bias.abs() * (2**-14 + (d + 4) * 2**-23)
     return left, right
 
-# %% ../nbs/07_kernels.ipynb #bb3e9d8c
+# %% ../nbs/07_kernels.ipynb #eaf6ddc6
 def true_values(x, W, bias, indices):
     "The pre-activations at `indices` and only these."
+    if x.device.type == "cpu" and W.numel() <= 2**20:   # the weights fit a cache, where order does not matter
+        start, row = torch.arange(0, indices.numel(), indices.shape[1]), torch.arange(len(x)).repeat_interleave(indices.shape[1])
+        return _dots(x, W, indices.flatten(), start, row, 0).view_as(indices) + bias[indices]
     return pair_dots(Pairs.of(indices, len(W)), W, x).view_as(indices) + bias[indices]
 
 def best_of(x, W, bias, among, k):
@@ -123,7 +126,7 @@ def encode_certified(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[
     edge = bounds.amin(1).float()
     return values, indices, values.amin(1) >= edge + edge.abs() * 2**-7 + 1e-15   # the bounds were rounded once more; lengths may underflow
 
-# %% ../nbs/07_kernels.ipynb #59331d31
+# %% ../nbs/07_kernels.ipynb #8e070c2a
 HOW = ("exact", "bfloat16")
 
 @torch.no_grad()
@@ -139,11 +142,10 @@ def encode(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tensor, "n
     plain = lambda x: best_of(x, W, bias, encode_float32(x, W, bias, k + 16)[1], k)
     if not look or len(W) < 8 * look * k: return *plain(x), len(x)
     values, indices, sure = encode_certified(x, W, bias, k, look)
-    rest = (~sure).nonzero().squeeze(1)
-    if len(rest): values[rest], indices[rest] = plain(x[rest])
+    if len(rest := (~sure).nonzero().squeeze(1)): values[rest], indices[rest] = plain(x[rest])
     return values, indices, len(rest)
 
-# %% ../nbs/07_kernels.ipynb #3c12851b
+# %% ../nbs/07_kernels.ipynb #522b3ee0
 class Gradient:
     "The gradient of the matrix `W`, kept as what it is the sum of."
     def __init__(self, W:Float[Tensor, "n d"]): self.W, self.parts, self.few, self.dense = W, [], [], None
@@ -157,7 +159,7 @@ class Gradient:
             out[index[a:z] - lo] += g[a:z]
         return out if self.dense is None else out.add_(self.dense[lo:hi])
 
-    def portions(self, sphere:bool) -> Iterator:
+    def portions(self, sphere:bool):
         "The gradient some latents at a time; on the `sphere` without what would only change a row's length."
         size = max(1, (2**27 if self.W.is_cuda else 2**19) // self.W.shape[1])
         for lo in range(0, len(self.W), size):

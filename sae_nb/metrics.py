@@ -6,7 +6,7 @@
 __all__ = ['Reconstruction', 'fired', 'next_token_loss', 'divergence', 'at_kept', 'Metrics', 'mean_row', 'evaluate', 'recovered',
            'untrained']
 
-# %% ../nbs/20_metrics.ipynb #d4250e70
+# %% ../nbs/20_metrics.ipynb #b152a456
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .core import Table, check, setting
 from .lm import LM
-from .sae import SAE, init_paper_
+from .sae import SAE, init_
 from .text import Text, Windows, windows
 
 # %% ../nbs/20_metrics.ipynb #0a532655
@@ -189,7 +189,7 @@ def _metrics(sums, losses, kl, predicted) -> Metrics:
                    ce_recovered_mean=recovered(ce["clean"], ce["mean"], ce["sae"]), ce_increase_se=(more.var() * len(more)).sqrt().item() / predicted,
                    kl=kl / predicted, eval_tokens=s.rows, downstream_tokens=predicted, **nulls)
 
-# %% ../nbs/20_metrics.ipynb #1b8851ed
+# %% ../nbs/20_metrics.ipynb #737a5c62
 def untrained(sae:SAE, rows:Float[Tensor, "b d"], seed:int=1) -> SAE:
     "An SAE of the same sizes as it would start, the null of every measure."
-    return init_paper_(SAE(sae.cfg).to(rows.device), rows, seed).to(sae.W_enc.device)
+    return init_(SAE(sae.cfg).to(rows.device), rows, seed).to(sae.W_enc.device)

@@ -6,7 +6,7 @@
 __all__ = ['BASE_LR', 'recipe', 'RunConfig', 'save_checkpoint', 'load_checkpoint', 'open_run', 'read_steps', 'run_blocks', 'run',
            'finish', 'runs_table']
 
-# %% ../nbs/12_runs.ipynb #db10c784
+# %% ../nbs/12_runs.ipynb #6ffb43ef
 import hashlib, json, math, time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -17,12 +17,13 @@ import torch
 from .acts import NORMALISE, Stream, batches, write_store
 from .core import Config, Table, UserError, check, read_json, setting, write_atomic
 from .dead import paper_terms, power_of_two
+from .kernels import HOW
 from .lm import LM, load_lm
-from .sae import SAE, SAEConfig, init_paper_, load_weights
+from .sae import SAE, SAEConfig, init_, load_weights
 from .text import load_text
 from .train import State, Step, TrainConfig, held_out_nmse, row_scale, train
 
-# %% ../nbs/12_runs.ipynb #c2af75f9
+# %% ../nbs/12_runs.ipynb #98f1775d
 def recipe(n:int,         # latents
            k:int,         # active latents
            tokens:int,    # rows to train on
@@ -43,7 +44,7 @@ def recipe(n:int,         # latents
 
 BASE_LR = 2.2e-3  # at n = 4096 and a batch of 2048
 
-# %% ../nbs/12_runs.ipynb #141d134c
+# %% ../nbs/12_runs.ipynb #0e64fe22
 @dataclass(frozen=True)
 class RunConfig(Config):
     "What to train on what."
@@ -59,6 +60,7 @@ class RunConfig(Config):
     lr:float = setting(0.0, "learning rate; 0: by the recipe")
     aux:float = setting(1 / 32, "weight of AuxK; 0 to go without")
     multi_topk:bool = setting(False, "train for more than one k (Multi-TopK)")
+    encoder:str = setting("exact", "exact, or bfloat16: trust a choice of latents made in bfloat16", choices=HOW)
     normalise:str = setting("layer_norm", "normalisation of rows", choices=NORMALISE)
     device:str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype:str = setting("auto", "precision of the subject model", choices=("auto", "float32", "bfloat16", "float16"))
@@ -75,7 +77,7 @@ class RunConfig(Config):
 
     def train_config(self, d:int) -> TrainConfig:
         "The recipe's settings with what this run asks for."
-        own = dict(aux=self.aux, multi_topk=self.multi_topk, seed=self.seed)
+        own = dict(aux=self.aux, multi_topk=self.multi_topk, encoder=self.encoder, seed=self.seed)
         if self.lr: own["lr"] = self.lr
         if not self.batch: return recipe(self.n, self.k, self.tokens, d, **own)
         steps = -(-self.tokens // self.batch)
@@ -149,7 +151,7 @@ def run_blocks(cfg:RunConfig, lm:LM, text, batch:int):
     rows = (math.ceil(cfg.tokens / batch / count) + 1) * batch
     return Stream(lm, text, site, cfg.context, rows, mix=min(16_384, max(64, 2 * cfg.tokens // cfg.context))).blocks()
 
-# %% ../nbs/12_runs.ipynb #ab1746ac
+# %% ../nbs/12_runs.ipynb #dd3b7be9
 def run(cfg:RunConfig,
         folder,                 # where the run is kept
         resume:bool=False,      # go on with a run that is there
@@ -166,7 +168,7 @@ def run(cfg:RunConfig,
     unseen = next(Stream(lm, text, site, cfg.context, 8_192, held_out=True).blocks()).read().float()
     if not (folder / "config.json").exists():
         write_atomic(folder / "config.json", json.dumps({"run": cfg.to_dict(), "train": train_cfg.to_dict(), "d": d}, indent=1) + "\n")
-    sae = init_paper_(SAE(SAEConfig(d=d, n=cfg.n, k=cfg.k, normalise=cfg.normalise, lm=cfg.lm, site=site, context=cfg.context)).to(lm.device), sample, cfg.seed)
+    sae = init_(SAE(SAEConfig(d=d, n=cfg.n, k=cfg.k, normalise=cfg.normalise, lm=cfg.lm, site=site, context=cfg.context)).to(lm.device), sample, cfg.seed)
     state = State(sae, train_cfg, paper_terms(cfg.n, d, train_cfg), row_scale(sae, sample))
     load_checkpoint(folder, state)
     _keep_steps(folder, state.step)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUTES', 'Code', 'routed', 'weighted_rows', 'top_k', 'SAEConfig', 'SAE', 'load_weights', 'nmse', 'geometric_median',
-           'unit_rows_', 'init_paper_']
+           'unit_rows_', 'init_']
 
 # %% ../nbs/06_sae.ipynb #fe6bf2ad
 from dataclasses import dataclass
@@ -51,15 +51,14 @@ def weighted_rows(values:Float[Tensor, "b k"],  # weights
     "Sum `values` times the rows of `W` at `indices`."
     return F.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
 
-# %% ../nbs/06_sae.ipynb #736400b9
+# %% ../nbs/06_sae.ipynb #62c34fa0
 def _largest(values, k):
     "The places of the k largest numbers of each row, by packing value and place into one whole number."
     if values.device.type != "cpu" or values.dtype == torch.float64: return values.topk(k, sorted=False).indices
     short = values.dtype == torch.bfloat16 and values.shape[1] < 2**16
-    bits = values.view(torch.int16).int() if short else values.float().view(torch.int32)
-    bits = bits ^ ((bits >> 31) & (0x7FFF if short else 0x7FFFFFFF))
-    shift, wide = (16, torch.int32) if short else (32, torch.int64)
-    keys = (bits.to(wide) << shift) | torch.arange(values.shape[1], dtype=wide)
+    bits, shift, wide = (values.view(torch.int16), 16, torch.int32) if short else (values.float().view(torch.int32), 32, torch.int64)
+    keys = (bits ^ ((bits >> shift - 1) & 2**(shift - 1) - 1)).to(wide).bitwise_left_shift_(shift)
+    keys |= torch.arange(values.shape[1], dtype=wide)
     keys.numpy().partition(values.shape[1] - k, axis=1)
     return (keys[:, -k:] & (2**shift - 1)).long()
 
@@ -178,25 +177,27 @@ def geometric_median(rows:Float[Tensor, "b d"],
         if moved <= tol * (1 / w).mean(): break
     return at
 
-# %% ../nbs/06_sae.ipynb #b899295a
+# %% ../nbs/06_sae.ipynb #8c863457
 @torch.no_grad()
 def unit_rows_(W:Float[Tensor, "n d"]):
     "Scale the rows of `W` to length one, in place."
-    W.div_(W.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny))
+    return W.div_(W.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny))
 
 @torch.no_grad()
-def init_paper_(sae:SAE,
-                rows:Float[Tensor, "b d"],  # a sample, as the model gives them
-                seed:int=0,
-                tied:bool=True              # encoder parallel to the decoder; False draws it by itself
-               ) -> SAE:
-    "Initialise as in the paper (§3 and appendix): geometric median, transposed encoder, matched length."
-    draw = lambda name: torch.randn(sae.cfg.n, sae.cfg.d, generator=generator(seed, name)).to(sae.W_enc)
-    sae.b_dec.copy_(geometric_median(normalise(rows.to(sae.W_enc), sae.cfg.normalise).rows))
-    sae.W_dec.copy_(draw("decoder")); unit_rows_(sae.W_dec)
-    sae.W_enc.copy_(sae.W_dec if tied else draw("encoder")); unit_rows_(sae.W_enc)
-    probe = torch.randn(256, sae.cfg.d, generator=generator(seed, "probe")).to(sae.W_enc); unit_rows_(probe)
-    out = sae.decode_normed(*sae.encode_normed(probe + sae.b_dec)) - sae.b_dec
-    sae.W_enc.div_(out.norm(dim=-1).mean().clamp_min(1e-6))
-    sae.b_enc.zero_()
+def init_(sae:SAE,
+          rows:Float[Tensor, "b d"],  # a sample, as the model gives them
+          seed:int=0,
+          tied:bool=True,             # encoder parallel to the decoder; False draws it by itself
+          length:float=0.8            # of encoder rows, in units of the best on the sample; 0: matched on random directions (paper)
+         ) -> SAE:
+    "Initialise: `b_dec` at the geometric median, a transposed encoder of a fitting length (paper, §3 and appendix)."
+    draw = lambda name, n: unit_rows_(torch.randn(n, sae.cfg.d, generator=generator(seed, name)).to(sae.W_enc))
+    x = normalise(rows.to(sae.W_enc), sae.cfg.normalise).rows
+    sae.b_dec.copy_(geometric_median(x)); sae.b_enc.zero_()
+    sae.W_dec.copy_(draw("decoder", sae.cfg.n))
+    sae.W_enc.copy_(sae.W_dec if tied else draw("encoder", sae.cfg.n))
+    aim = x[:4096] - sae.b_dec if length else draw("probe", 256)
+    out = sae.decode_normed(*sae.encode_normed(aim + sae.b_dec)) - sae.b_dec
+    fit = length * (out * aim).sum() / out.square().sum() if length else 1 / out.norm(dim=-1).mean()
+    sae.W_enc.mul_(fit if 1e-6 < fit < 1e6 else 1.)   # rows that are all the same fit nothing
     return sae

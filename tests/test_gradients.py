@@ -10,7 +10,7 @@ from sae_nb.core import UserError
 from sae_nb.dead import AuxK, MultiTopK, Tracker, aux_loss, paper_terms
 from sae_nb.metrics import Reconstruction
 from sae_nb.kernels import Tape
-from sae_nb.sae import SAE, Code, SAEConfig, init_paper_, nmse
+from sae_nb.sae import SAE, Code, SAEConfig, init_, nmse
 from sae_nb.train import State, TrainConfig, forward_backward, gradients, train, update
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -358,7 +358,7 @@ def test_auxk_weight_zero_counts_but_adds_nothing():
 def test_decoder_stays_on_the_sphere_and_so_does_the_average():
     cfg = TrainConfig(tokens=20 * 32, batch=32, ema=.9, lr=.05)
     rows = torch.randn(20, 32, 8)
-    sae = init_paper_(SAE(SAEConfig(d=8, n=24, k=3)), rows[0])
+    sae = init_(SAE(SAEConfig(d=8, n=24, k=3)), rows[0])
     state = State(sae, cfg)
     for _ in train(sae, rows, cfg, state=state): pass
     for W in (sae.W_dec, state.best().W_dec): torch.testing.assert_close(W.norm(dim=-1), torch.ones(24))

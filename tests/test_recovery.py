@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sae_nb.dead import paper_terms
-from sae_nb.sae import SAE, SAEConfig, init_paper_
+from sae_nb.sae import SAE, SAEConfig, init_
 from sae_nb.toy import planted, recovery
 from sae_nb.train import State, TrainConfig, train
 
@@ -14,7 +14,7 @@ def toy_and_sae(d=64, k=4, n=128, latents=256, normalise="none", noise=0., offse
     "A planted dictionary, 40,000 rows of it, and an SAE at its start."
     toy = planted(n=n, d=d, k=k, noise=noise, offset=offset, seed=seed)
     data = toy.sample(40_000, seed="train")
-    return toy, data, init_paper_(SAE(SAEConfig(d=d, n=latents, k=k + (normalise != "none"), normalise=normalise)), data.rows[:8_192], seed)
+    return toy, data, init_(SAE(SAEConfig(d=d, n=latents, k=k + (normalise != "none"), normalise=normalise)), data.rows[:8_192], seed)
 
 
 def trained(data, sae, steps=STEPS, seed=0):

@@ -39,7 +39,7 @@ def whole(cfg, lm, tmp_path_factory):
     return folder
 
 
-def told(folder): return [{k: v for k, v in step.items() if k != "rate"} for step in read_steps(folder)]
+def told(folder): return [{k: v for k, v in step.items() if k not in ("rate", "waited", "took")} for step in read_steps(folder)]
 
 
 def contents(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
