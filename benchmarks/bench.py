@@ -291,7 +291,7 @@ def machine(threads:int) -> dict:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.processor())
     git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    return dict(cpu=cpu, cores=os.cpu_count(), ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), threads=threads, waiting=os.environ["OMP_WAIT_POLICY"],
+    return dict(cpu=cpu, cores=os.cpu_count(), ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), threads=threads, waiting=os.environ.get("OMP_WAIT_POLICY", "default"),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, python=platform.python_version(),
                 packages={p: version(p) for p in PACKAGES}, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 commit=git("rev-parse", "HEAD"), changed=bool(git("status", "--porcelain", "--", "../sae_nb", ".")))
@@ -375,7 +375,7 @@ def measure(o, found:dict):
         done("quality", quality_part(WORKS["Q2" if o.quick else "W2"], o.trainers or list(TRAINERS), o.seconds, o.lr))
     if "reading" in o.parts: done("reading", reading_part(o.rounds, o.quick))
     if "end" in o.parts:
-        done("end", end_part(*(("pylib-64", 1, 2048, 512, .1, 1024) if o.quick else ("pylib-256", 4, 300_000, 4096, 20., 32_768))))
+        done("end", end_part(*(("pylib-64", 1, 2048, 512, .1, 1024) if o.quick else ("pylib-256", 4, 1_000_000, 4096, 20., 32_768))))
 
 def main():
     o = options()

@@ -105,7 +105,7 @@ def upper_bounds(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tens
     right[:, d + 1] = (bias - right[:, d]) + bias.abs() * (2**-14 + (d + 4) * 2**-23)
     return left, right
 
-# %% ../nbs/07_kernels.ipynb #eaf6ddc6
+# %% ../nbs/07_kernels.ipynb #ee106a19
 def true_values(x, W, bias, indices):
     "The pre-activations at `indices` and only these."
     if x.device.type == "cpu" and W.numel() <= 2**20:   # the weights fit a cache, where order does not matter
@@ -118,30 +118,30 @@ def best_of(x, W, bias, among, k):
     values, at = top_k(true_values(x, W, bias, among), k)
     return values, among.gather(1, at)
 
-def encode_certified(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tensor, "n"], k:int, look:int=2):
-    "As `encode_float32`, among `look * k` candidates found in bfloat16, computed in float32; also which rows are certified."
+def encode_certified(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tensor, "n"], k:int, many:int):
+    "As `encode_float32`, among `many` candidates found in bfloat16, computed in float32; also which rows are certified."
     with held(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False):
-        bounds, among = in_portions(*upper_bounds(x, W, bias), lambda pre: top_k(pre, look * k))
+        bounds, among = in_portions(*upper_bounds(x, W, bias), lambda pre: top_k(pre, many))
     values, indices = best_of(x, W, bias, among, k)
     edge = bounds.amin(1).float()
     return values, indices, values.amin(1) >= edge + edge.abs() * 2**-7 + 1e-15   # the bounds were rounded once more; lengths may underflow
 
-# %% ../nbs/07_kernels.ipynb #8e070c2a
+# %% ../nbs/07_kernels.ipynb #12bad57b
 HOW = ("exact", "bfloat16")
 
 @torch.no_grad()
 def encode(x:Float[Tensor, "b d"], W:Float[Tensor, "n d"], bias:Float[Tensor, "n"], k:int,
            how:str="exact",  # exact, or bfloat16: choose in bfloat16 without a certificate
-           look:int=2        # candidates for each of the k; 0: no attempt at a certificate
+           look:float=1.5    # candidates for each of the k; 0: no attempt at a certificate
           ):
     "Values and indices of the k largest latents of each row, before any ReLU; and how many rows were not certified."
-    if x.dtype != torch.float32 or len(W) < 16 * k + 16 or fast_dtype(x.device) != torch.bfloat16: return *encode_float32(x, W, bias, k), 0
+    if x.dtype != torch.float32 or len(W) < 16 * k + 64 or fast_dtype(x.device) != torch.bfloat16: return *encode_float32(x, W, bias, k), 0
     if how == "bfloat16":
         indices = in_portions(x.bfloat16(), W.bfloat16(), lambda pre: top_k(pre.add_(bias.bfloat16()), k))[1]
         return true_values(x, W, bias, indices), indices, 0
     plain = lambda x: best_of(x, W, bias, encode_float32(x, W, bias, k + 16)[1], k)
-    if not look or len(W) < 8 * look * k: return *plain(x), len(x)
-    values, indices, sure = encode_certified(x, W, bias, k, look)
+    if not look or len(W) < 8 * (many := max(int(look * k), k + 8)): return *plain(x), len(x)
+    values, indices, sure = encode_certified(x, W, bias, k, many)
     if len(rest := (~sure).nonzero().squeeze(1)): values[rest], indices[rest] = plain(x[rest])
     return values, indices, len(rest)
 
@@ -166,7 +166,7 @@ class Gradient:
             g, w = self.rows(lo, lo + size), self.W[lo:lo + size].detach()
             yield slice(lo, lo + len(g)), g.addcmul_((g * w).sum(1, keepdim=True), w, value=-1) if sphere else g
 
-# %% ../nbs/07_kernels.ipynb #ddd58c03
+# %% ../nbs/07_kernels.ipynb #173bb2f0
 @torch.no_grad()
 @routed
 def adam_rows_(W:Float[Tensor, "n d"], grad:Gradient, m:Float[Tensor, "n d"], v:Float[Tensor, "n d"],
@@ -177,17 +177,17 @@ def adam_rows_(W:Float[Tensor, "n d"], grad:Gradient, m:Float[Tensor, "n d"], v:
     "Take one step of Adam on `W` in place, a few latents at a time; gives the gradient's squared length."
     total, fused = torch.zeros((), device=W.device, dtype=torch.float64), W.device.type in ("cpu", "cuda")
     for part, g in grad.portions(sphere):
-        total += g.square().sum()
-        adam([W[part]], [g.mul_(scale)], [m[part]], [v[part]], [], [torch.tensor(float(step), device=W.device if fused else "cpu")], fused=fused,
+        total += torch.linalg.vector_norm(g).double() ** 2
+        adam([W[part]], [g if scale == 1 else g * scale], [m[part]], [v[part]], [], [torch.tensor(float(step), device=W.device if fused else "cpu")], fused=fused,
              foreach=False, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0., eps=eps, maximize=False)
         if sphere: unit_rows_(W[part])
     return total
 
-# %% ../nbs/07_kernels.ipynb #9daa19ac
+# %% ../nbs/07_kernels.ipynb #88b75538
 class Tape:
     "Where the sparse gradients of an SAE's two matrices are collected."
     def __init__(self, sae, how:str="exact"):
-        self.sae, self.how, self.look, self.calls = sae, how, 2, 0
+        self.sae, self.how, self.look, self.calls = sae, how, 1.5, 0
         self.clear()
 
     def clear(self): self.enc, self.dec, self._sorted = Gradient(self.sae.W_enc), Gradient(self.sae.W_dec), (None, None)
@@ -201,8 +201,8 @@ class Tape:
         "Values and indices of normalised rows."
         values, indices, rest = _Encode.apply(x, self.sae.W_enc, self.sae.b_enc, self.sae.b_dec, k or self.sae.cfg.k, self)
         self.calls += 1
-        if self.look and rest > len(x) / 20: self.look = {2: 4, 4: 8, 8: 0}[self.look]    # many were not certified: look further, then not at all
-        elif self.calls % 64 == 0: self.look = {0: 8, 8: 4, 4: 2, 2: 2}[self.look]        # now and then try whether less will do again
+        if self.look and rest > len(x) / 20: self.look = self.look * 1.5 if self.look < 6 else 0.   # look further, then not at all
+        elif self.calls % 64 == 0: self.look = max(1.5, self.look / 1.5) if self.look else 6.       # now and then try whether less will do
         return values, indices
 
     def decode(self, values:Float[Tensor, "b k"], indices:Int[Tensor, "b k"]) -> Float[Tensor, "b d"]:
