@@ -37,16 +37,16 @@ class Block:
     read:Callable[[], Tensor]    # reads them: [rows, d]
     ahead:bool=False             # may be read while the block before it is dealt out, as from a disk
 
-# %% ../nbs/05_acts.ipynb #19374a04
+# %% ../nbs/05_acts.ipynb #f96712c7
 def batches(blocks:Iterator[Block],  # endless or not
             batch:int,               # rows a batch
             seed:int=0,              # of the shuffle
             skip:int=0               # batches to pass over without reading them
            ) -> Iterator[Float[Tensor, "b d"]]:
     "Shuffle each block and deal it out; the same seed and `skip` always give the same batches."
-    plan, reader = _plan(blocks, batch, skip), ThreadPoolExecutor(1)
-    try:
-        now, rows = next(plan, None), None
+    plan, rows = _plan(blocks, batch, skip), None
+    with ThreadPoolExecutor(1) as reader:  # whoever stops early waits here for the block that is being read
+        now = next(plan, None)
         while now:
             number, block, places = now
             rows, following = rows.result() if rows else block.read(), None
@@ -54,7 +54,6 @@ def batches(blocks:Iterator[Block],  # endless or not
             order = torch.randperm(block.rows, generator=generator(seed, "shuffle", number))
             for i in places: yield rows[order[i * batch:(i + 1) * batch].to(rows.device)].float()
             now, rows = (following, coming) if following else (next(plan, None), None)
-    finally: reader.shutdown(wait=False, cancel_futures=True)
 
 def _plan(blocks, batch, skip):
     "Each block's number, the block, and which of its batches are wanted; blocks that are skipped are not read."
