@@ -203,13 +203,11 @@ def random_lm(quick:bool):
 def reading_part(rounds:int, quick:bool) -> dict:
     "Tokens a second of the whole forward pass, and of reading in the middle."
     whole = random_lm(quick)
-    eager = random_lm(quick)
-    eager.model.set_attn_implementation("eager")   # as `load_lm` does on a CPU
-    half = deepcopy(eager)
+    half = deepcopy(whole)
     half.model.bfloat16()
     site = f"resid_post.{len(whole.blocks) // 2 - 1}"
     ids = torch.randint(0, whole.model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
-    ways = {"whole forward, float32": lambda: whole.logits(ids), f"read {site}, float32": lambda: eager.read(ids, site),
+    ways = {"whole forward, float32": lambda: whole.logits(ids), f"read {site}, float32": lambda: whole.read(ids, site),
             f"read {site}, bfloat16": lambda: half.read(ids, site)}
     with torch.no_grad(): times = interleave({n: Call(f) for n, f in ways.items()}, [ids], rounds, {}, {})
     first = next(iter(ways))
@@ -257,7 +255,7 @@ def plain_run(lm, layer:int, n:int, batch:int, seconds:float) -> float:
 def end_part(name:str, layer:int, tokens:int, n:int, seconds:float, judged:int) -> dict:
     "Whole runs in both precisions beside the plain way, and how good their SAEs are."
     from sae_nb.lm import load_lm
-    from sae_nb.metrics import evaluate
+    from sae_nb.metrics import measure
     from sae_nb.runs import recipe
     from sae_nb.text import load_text
     lms, site = {t: load_lm(name, "cpu", t) for t in ("float32", "bfloat16")}, f"resid_post.{layer}"
@@ -265,7 +263,7 @@ def end_part(name:str, layer:int, tokens:int, n:int, seconds:float, judged:int) 
     for dtype, lm in lms.items():
         say(f"a run of {tokens:,} tokens, subject model in {dtype}")
         rate, training, sae = whole_run(lm, site, tokens, dtype, n)
-        m = evaluate(sae, lms["float32"], load_text("pylib"), site, tokens=judged, downstream=judged)
+        m = measure(sae, lms["float32"], load_text("pylib"), site, tokens=judged, downstream=judged)
         found[dtype] = dict(rows_per_second=rate, while_training=training, nmse=m.nmse, ce_recovered=m.ce_recovered,
                             ce_increase=m.ce_spliced - m.ce_clean, ce_increase_se=m.ce_increase_se)
     say(f"the plain way for {seconds:g} s, batch {batch}")

@@ -93,7 +93,7 @@ def run_config(folder):
 def measure(folder, lm, tokens:int, rate:float=None):
     "Evaluate the SAE in `folder`, write `metrics.json` and `report.html`, print the table."
     from sae_nb.acts import Stream
-    from sae_nb.metrics import evaluate, untrained
+    from sae_nb.metrics import measure, untrained
     from sae_nb.report import TopContexts, write_report
     from sae_nb.runs import read_steps
     from sae_nb.sae import SAE
@@ -105,7 +105,7 @@ def measure(folder, lm, tokens:int, rate:float=None):
     sample = next(Stream(lm, text, cfg.site, cfg.context, 8_192).blocks()).read().float()
     with progress("measure", tokens) as bar:
         def see(batch, code): top(batch, code); bar.update(int(batch.keep.sum()))
-        metrics = evaluate(sae, lm, text, cfg.site, cfg.context, tokens, null=untrained(sae, sample), see=see)
+        metrics = measure(sae, lm, text, cfg.site, cfg.context, tokens, null=untrained(sae, sample), see=see)
     speed = rate or max((s["rate"] for s in read_steps(folder)[-1:]), default=None)
     write_atomic(folder / "metrics.json", json.dumps({**asdict(metrics), "tokens_trained": cfg.tokens, "tokens_per_second": speed, "seed": cfg.seed}, indent=1) + "\n")
     path = write_report(folder, sae, lm, metrics, top)

@@ -185,7 +185,7 @@ def training_curve(name:str  # a packaged model
     "How a packaged model was trained: sizes, and tokens, FLOPs and held-out loss along the way."
     return json.loads((files("sae_nb") / "assets" / "models" / name / "curve.json").read_text())
 
-# %% ../nbs/04_lm.ipynb #79d0de93
+# %% ../nbs/04_lm.ipynb #db5b71ca
 def load_lm(name:str,            # packaged name, folder, or hub name
             device:str="auto",   # see `pick_device`
             dtype:str="auto"     # auto, float32, bfloat16, float16
@@ -199,19 +199,19 @@ def load_lm(name:str,            # packaged name, folder, or hub name
     check(not path.is_dir() or (path / "config.json").is_file(), f"lm {name!r} is a folder without config.json: give one written by save_pretrained")
     check(packaged or path.is_dir() or not path.exists(), f"lm {name!r} is a file: give the folder that it lies in")
     source = str(path) if path.is_dir() else name
-    model = _pretrained(name, source, kind, "eager" if device.type == "cpu" else None)
+    model = _pretrained(name, source, kind)
     try: tokenizer = load_tokenizer(None if packaged else source)
     except Exception as e: raise UserError(f"lm {name!r} has no tokenizer that can be read ({reason(e)}): save one beside the model") from None
     check(len(tokenizer) > len(tokenizer.all_special_ids), f"lm {name!r} has no tokenizer: save one beside the model")
     return LM(model.to(device), tokenizer, name)
 
-# %% ../nbs/04_lm.ipynb #7927b594
-def _pretrained(name, source, dtype, attention):
+# %% ../nbs/04_lm.ipynb #6d232e19
+def _pretrained(name, source, dtype):
     "The model in `source`, or one sentence about why not."
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar(); level = logging.get_verbosity(); logging.set_verbosity_error()
-    try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+    try: model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except Exception as e:
         known = f"known without a network: {', '.join(packaged_lms())}"
         raise UserError(f"lm {name!r} could not be loaded ({reason(e)}): {known}") from None

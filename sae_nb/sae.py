@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUTES', 'Code', 'routed', 'weighted_rows', 'top_k', 'SAEConfig', 'SAE', 'load_weights', 'nmse', 'geometric_median',
-           'unit_rows_', 'init_']
+           'unit_rows_', 'init_', 'Dictionary', 'Channels']
 
 # %% ../nbs/06_sae.ipynb #fe6bf2ad
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .acts import NORMALISE, Normed, normalise
 from .core import Config, UserError, check, generator, reason, setting, write_atomic
 
-# %% ../nbs/06_sae.ipynb #393d49dd
+# %% ../nbs/06_sae.ipynb #da5c6e70
 @dataclass(frozen=True)
 class Code:
     "What a row became: k values at k latents."
@@ -27,6 +27,7 @@ class Code:
     indices:Int[Tensor, "b k"]    # which latents were chosen
     n:int                         # how many latents there are
     normed:Normed=None            # the normalised rows, which remember mean and scale; None: not normalised
+    extra:tuple=()                # whatever else the `decode` of another library wants
 
     def dense(self) -> Float[Tensor, "b n"]:
         "The code with its zeros."
@@ -93,7 +94,7 @@ class SAEConfig(Config):
         check(1 <= self.k, f"k is {self.k}: choose at least 1 active latent")
         check(self.k <= self.n, f"k is {self.k} but the SAE has {self.n} latents: choose k ≤ n")
 
-# %% ../nbs/06_sae.ipynb #7d41bcf7
+# %% ../nbs/06_sae.ipynb #289511fb
 class SAE(nn.Module):
     "A TopK sparse autoencoder (Gao et al. 2024, eq. 2)."
     def __init__(self, cfg:SAEConfig):
@@ -101,6 +102,11 @@ class SAE(nn.Module):
         self.cfg = cfg
         self.W_enc, self.W_dec = (nn.Parameter(torch.zeros(cfg.n, cfg.d)) for _ in range(2))
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(cfg.n)), nn.Parameter(torch.zeros(cfg.d))
+
+    def pre(self, rows:Float[Tensor, "b d"], latents=slice(None)) -> Float[Tensor, "b n"]:
+        "Pre-activations, of all or some latents."
+        rows = normalise(rows.to(self.W_enc.dtype), self.cfg.normalise).rows
+        return torch.addmm(self.b_enc[latents], rows - self.b_dec, self.W_enc[latents].T)
 
     def encode_normed(self, rows:Float[Tensor, "b d"]):
         "Values and indices of rows that are normalised already."
@@ -201,3 +207,42 @@ def init_(sae:SAE,
     fit = length * (out * aim).sum() / out.square().sum() if length else 1 / out.norm(dim=-1).mean()
     sae.W_enc.mul_(fit if 1e-6 < fit < 1e6 else 1.)   # rows that are all the same fit nothing
     return sae
+
+# %% ../nbs/06_sae.ipynb #dd5966fb
+class Dictionary:
+    "Any object with `encode` and `decode`, its codes told as `Code`."
+    def __init__(self, sae, rows:Float[Tensor, "b d"]):  # a few rows show what its codes are
+        can = all(callable(getattr(sae, f, None)) for f in ("encode", "decode"))
+        check(can, f"{type(sae).__name__} has no encode or no decode: give an object with both")
+        self.sae = sae
+        try: code = self.encode(rows[:2]); back = self.decode(code)
+        except (TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e: raise UserError(f"{type(sae).__name__} does not encode and decode rows {rows.shape[1]} wide ({reason(e)}): read them at the site that it belongs to") from None
+        self.n = code.n
+        check(tuple(back.shape) == (2, rows.shape[1]), f"{type(sae).__name__} decodes to {tuple(back.shape)} where {(2, rows.shape[1])} was expected: give one for this site")
+
+    @torch.no_grad()
+    def encode(self, rows:Float[Tensor, "b d"]) -> Code:
+        "The code of `rows`, whose zeros are left out."
+        out = self.sae.encode(rows)
+        if isinstance(out, Code): self.kind = "code"; return out
+        if hasattr(out, "top_acts"): self.kind = "pairs"; return Code(out.top_acts, out.top_indices, getattr(self.sae, "num_latents", None) or len(self.sae.W_dec))
+        dense, *extra = out if isinstance(out, tuple) else (out,)
+        self.kind, k = "dense", max(1, int(dense.ne(0).sum(-1).max()))
+        indices = dense.abs().topk(k).indices
+        return Code(dense.gather(-1, indices), indices, dense.shape[-1], extra=tuple(extra))
+
+    def decode(self, code:Code) -> Float[Tensor, "b d"]:
+        "Rows from a code; its values and places may be others than `encode` gave."
+        if self.kind == "code": return self.sae.decode(code)
+        if self.kind == "pairs": return self.sae.decode(code.values, code.indices)
+        return self.sae.decode(code.dense(), *code.extra)
+
+    @torch.no_grad()
+    def pre(self, rows:Float[Tensor, "b d"], latents=slice(None)) -> Float[Tensor, "b n"]:
+        "Pre-activations, or activations where the dictionary tells no more."
+        return self.sae.pre(rows, latents) if hasattr(self.sae, "pre") else self.encode(rows).dense()[:, latents]
+
+class Channels:
+    "The channels of a row, taken as latents: the null of whatever is said about latents."
+    def encode(self, rows): return rows
+    def decode(self, code): return code

@@ -8,7 +8,7 @@ import torch
 from sae_nb.acts import Stream, read_rows
 from sae_nb.core import UserError
 from sae_nb.lm import load_lm
-from sae_nb.metrics import evaluate
+from sae_nb.metrics import measure
 from sae_nb.runs import RunConfig, run
 from sae_nb.sae import SAE
 from sae_nb.text import load_text, windows
@@ -214,7 +214,7 @@ def tiny_run(lm_name, text, site, out, **kw):
     cfg = RunConfig(**{**dict(lm=lm_name, text=text, site=site, n=32, k=4, tokens=1_500, batch=256, context=24, dtype="float32", device="cpu"), **kw})
     lm = load_lm(cfg.lm, "cpu", cfg.dtype)
     steps = list(run(cfg, out, lm=lm))
-    return steps, evaluate(SAE.load(out), lm, load_text(text), site, cfg.context, 500)
+    return steps, measure(SAE.load(out), lm, load_text(text), site, cfg.context, 500)
 
 
 @every_family
