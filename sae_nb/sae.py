@@ -183,7 +183,7 @@ def geometric_median(rows:Float[Tensor, "b d"],
         if moved <= tol * (1 / w).mean(): break
     return at
 
-# %% ../nbs/06_sae.ipynb #8c863457
+# %% ../nbs/06_sae.ipynb #34de1b34
 @torch.no_grad()
 def unit_rows_(W:Float[Tensor, "n d"]):
     "Scale the rows of `W` to length one, in place."
@@ -193,19 +193,16 @@ def unit_rows_(W:Float[Tensor, "n d"]):
 def init_(sae:SAE,
           rows:Float[Tensor, "b d"],  # a sample, as the model gives them
           seed:int=0,
-          tied:bool=True,             # encoder parallel to the decoder; False draws it by itself
-          length:float=0.8            # of encoder rows, in units of the best on the sample; 0: matched on random directions (paper)
+          tied:bool=True              # encoder parallel to the decoder; False draws it by itself
          ) -> SAE:
-    "Initialise: `b_dec` at the geometric median, a transposed encoder of a fitting length (paper, §3 and appendix)."
+    "Initialise: `b_dec` at the geometric median, a transposed encoder whose reconstructions are as long as what it reads (paper, §3 and appendix)."
     draw = lambda name, n: unit_rows_(torch.randn(n, sae.cfg.d, generator=generator(seed, name)).to(sae.W_enc))
     x = normalise(rows.to(sae.W_enc), sae.cfg.normalise).rows
     sae.b_dec.copy_(geometric_median(x)); sae.b_enc.zero_()
     sae.W_dec.copy_(draw("decoder", sae.cfg.n))
     sae.W_enc.copy_(sae.W_dec if tied else draw("encoder", sae.cfg.n))
-    aim = x[:4096] - sae.b_dec if length else draw("probe", 256)
-    out = sae.decode_normed(*sae.encode_normed(aim + sae.b_dec)) - sae.b_dec
-    fit = length * (out * aim).sum() / out.square().sum() if length else 1 / out.norm(dim=-1).mean()
-    sae.W_enc.mul_(fit if 1e-6 < fit < 1e6 else 1.)   # rows that are all the same fit nothing
+    out = sae.decode_normed(*sae.encode_normed(draw("probe", 256) + sae.b_dec)) - sae.b_dec
+    sae.W_enc.div_(out.norm(dim=-1).mean())
     return sae
 
 # %% ../nbs/06_sae.ipynb #dd5966fb
