@@ -1,0 +1,117 @@
+"A sweep trains side by side what it would have trained alone, survives any kill, and ends in one table."
+import csv, multiprocessing, random, time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import sae_nb.acts
+from sae_nb.core import UserError
+from sae_nb.lm import load_lm
+from sae_nb.runs import RunConfig, run
+from sae_nb.sweep import flops_per_row, grid, side_by_side, sweep, sweep_rows, write_table
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path, g = tmp_path_factory.mktemp("text") / "t.txt", random.Random(0)
+    path.write_text(" ".join(g.choice(["def", "return", "x", "=", "(", ")", "self", "import", "1", "\n"]) for _ in range(6_000)), encoding="utf-8")
+    return RunConfig(lm="pylib-64", text=str(path), site="resid_post.1", n=64, k=4, tokens=10_240, batch=128, context=64, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def runs(base): return grid(base, n=[64, 128], k=[4, 8])
+
+
+@pytest.fixture(scope="module")
+def lm(): return load_lm("pylib-64", "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert len(list(sweep(runs, folder))) == 4 * 80
+    return folder
+
+
+def weights(folder, name): return (folder / name / "sae.safetensors").read_bytes()
+
+
+def numbers(folder): return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / "runs.csv").open())]
+
+
+def test_a_grid_is_every_combination_under_its_own_name(base):
+    runs = grid(base, n=[64, 128], lr=[1e-3, 2e-3], lm=["pylib-64", "pylib-128"])
+    assert len(runs) == 8 and runs["n64-lr0.001-lm128"] == replace(base, n=64, lr=1e-3, lm="pylib-128") and list(grid(base)) == ["run"]
+
+
+@pytest.mark.parametrize("lists, word", [(dict(size=[1]), "size"), (dict(n=[]), "at least one"), (dict(n=[64, 64]), "once"), (dict(k=[4, 999]), "k ≤ n")])
+def test_a_wrong_grid_is_said_in_a_sentence(base, lists, word):
+    with pytest.raises(UserError, match=word): grid(base, **lists)
+
+
+def test_side_by_side_gives_the_bits_of_each_alone(runs, lm, whole, tmp_path):
+    for name in ("n64-k4", "n128-k8"):
+        for _ in run(runs[name], tmp_path / name, lm=lm): pass
+        assert weights(tmp_path, name) == weights(whole, name)
+
+
+def test_the_model_is_read_once_for_all(runs, lm, tmp_path, monkeypatch):
+    read, count = sae_nb.acts.read_rows, []
+    monkeypatch.setattr(sae_nb.acts, "read_rows", lambda lm, w, site: count.append(len(w)) or read(lm, w, site))
+    for _ in side_by_side(dict(list(runs.items())[:1]), tmp_path / "one", lm): pass
+    once, count[:] = sum(count), []
+    for _ in side_by_side(runs, tmp_path / "four", lm): pass
+    assert sum(count) == once
+
+
+@pytest.mark.parametrize("stop", [3, 100, 317])
+def test_interrupted_it_goes_on_to_the_same_table(runs, whole, tmp_path, stop):
+    for i, _ in enumerate(sweep(runs, tmp_path, every=0.)):
+        if i == stop: break
+    last = list(sweep(runs, tmp_path))[-1]
+    assert last.done == last.total == 4 * 10_240
+    assert all(weights(tmp_path, n) == weights(whole, n) for n in runs) and numbers(tmp_path) == numbers(whole)
+
+
+def work(runs, folder):
+    torch.set_num_threads(1)
+    for _ in sweep({n: RunConfig(**c) for n, c in runs.items()}, folder, every=0.): pass
+
+
+def test_killed_twice_at_random_it_ends_with_the_same_table(runs, whole, tmp_path):
+    context, dice = multiprocessing.get_context("forkserver"), random.Random()
+    context.set_forkserver_preload(["sae_nb.sweep", "transformers.models.gpt2.modeling_gpt2"])
+    for kill in (True, True, False):
+        process = context.Process(target=work, args=({n: c.to_dict() for n, c in runs.items()}, tmp_path), daemon=True)
+        process.start()
+        lines = lambda: sum(p.read_bytes().count(b"\n") for p in tmp_path.rglob("steps.jsonl"))
+        had = lines()
+        while kill and process.is_alive() and lines() <= min(had + 1, 4 * 80 - 1): time.sleep(.01)
+        if kill: time.sleep(dice.random() * .5); process.kill()
+        process.join(120)
+    assert process.exitcode == 0 and all(weights(tmp_path, n) == weights(whole, n) for n in runs) and numbers(tmp_path) == numbers(whole)
+
+
+def test_what_is_finished_is_not_trained_again(runs, whole):
+    before = {n: (whole / n / "sae.safetensors").stat().st_mtime_ns for n in runs}
+    assert list(sweep(runs, whole)) == []
+    assert before == {n: (whole / n / "sae.safetensors").stat().st_mtime_ns for n in runs}
+
+
+def test_a_finished_run_with_other_settings_is_refused(runs, whole):
+    other = {n: replace(c, tokens=20_480) for n, c in runs.items()}
+    with pytest.raises(UserError, match="tokens"): list(sweep(other, whole))
+
+
+def test_the_table_counts_compute_and_marks_the_end(runs, whole):
+    rows = sweep_rows(whole)
+    finals = [r for r in rows if r["final"]]
+    assert {r["run"] for r in finals} == set(runs) and all(r["tokens"] == 10_240 and r["flops"] == 12 * r["n"] * 64 * 10_240 for r in finals)
+    assert flops_per_row(10, 3) == 360 and len(write_table(whole).rows) == 4 and len(numbers(whole)) == len(rows) > 4
+    assert all(a["tokens"] < b["tokens"] for a, b in zip(rows, rows[1:]) if a["run"] == b["run"])
+
+
+def test_nothing_to_do_is_said(tmp_path):
+    with pytest.raises(UserError, match="no finished run"): write_table(tmp_path)
+    with pytest.raises(UserError, match="no runs"): list(sweep({}, tmp_path))
