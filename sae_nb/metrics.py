@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reconstruction', 'fired', 'next_token_loss', 'divergence', 'at_kept', 'Metrics', 'mean_row', 'Spliced', 'splice',
-           'measure', 'untrained']
+           'windows_at_once', 'measure', 'untrained']
 
 # %% ../nbs/20_metrics.ipynb #98bf3611
 from collections.abc import Callable
@@ -165,7 +165,7 @@ class Spliced:
         "KL(clean ‖ spliced), nats a token."
         return Estimate.of(torch.stack([self.kl[name], self.counts], 1).numpy(), **about)
 
-# %% ../nbs/20_metrics.ipynb #84662e15
+# %% ../nbs/20_metrics.ipynb #3f6a8679
 @torch.no_grad()
 def splice(sae,                    # anything with encode(rows) and decode(code)
            lm:LM, text:Text, site,
@@ -174,7 +174,8 @@ def splice(sae,                    # anything with encode(rows) and decode(code)
            downstream:int=65_536,  # rows among them on which the model reads on with each replacement
            null=None,              # an SAE to compare with, usually the untrained one
            see:Callable=None,      # called with (windows, code) for each batch
-           batch:int=0             # windows at once; 0: as many as fit
+           batch:int=0,            # windows at once; 0: as many as fit
+           progress=iter           # wraps the loop over batches
           ) -> Spliced:
     "Reconstruct held-out rows, and let the model read on with each replacement."
     mean = mean_row(lm, text, site, context)
@@ -182,7 +183,7 @@ def splice(sae,                    # anything with encode(rows) and decode(code)
     sums = {name: Reconstruction(len(mean), s.n) for name, s in dictionaries.items()}
     losses, kl, counts = {name: [] for name in ("clean", "zero", "mean", *sums)}, {name: [] for name in sums}, []
     spliced, last = (max(1, -(-rows // (context - 1))) for rows in (min(downstream, tokens), tokens))
-    for at, w in _cut(windows(text.documents(held_out=True), lm.tokenizer, context, batch or _windows_at_once(lm, context)), (spliced, last)):
+    for at, w in _cut(progress(windows(text.documents(held_out=True), lm.tokenizer, context, batch or windows_at_once(lm, context))), (spliced, last)):
         def through(name, rows):
             code = dictionaries[name].encode(rows)
             recon = dictionaries[name].decode(code)
@@ -214,7 +215,7 @@ def _cut(stream, borders):
             yield at, w.take(torch.arange(n))
             w, at = w.take(torch.arange(n, len(w))), at + n
 
-def _windows_at_once(lm, context):
+def windows_at_once(lm, context):
     "Windows whose tokens fit the cache and whose logits fit in memory."
     return max(1, min(4096, 2**26 // lm.model.config.get_text_config().vocab_size) // context)
 
