@@ -205,17 +205,17 @@ def init_(sae:SAE,
     sae.W_enc.div_(out.norm(dim=-1).mean())
     return sae
 
-# %% ../nbs/06_sae.ipynb #dd5966fb
+# %% ../nbs/06_sae.ipynb #0a6344f0
 class Dictionary:
     "Any object with `encode` and `decode`, its codes told as `Code`."
     def __init__(self, sae, rows:Float[Tensor, "b d"]):  # a few rows show what its codes are
         can = all(callable(getattr(sae, f, None)) for f in ("encode", "decode"))
         check(can, f"{type(sae).__name__} has no encode or no decode: give an object with both")
-        self.sae = sae
-        try: code = self.encode(rows[:2]); back = self.decode(code)
+        self.sae, few = sae, rows[:2]
+        try: code = self.encode(few); back = self.decode(code)
         except (TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e: raise UserError(f"{type(sae).__name__} does not encode and decode rows {rows.shape[1]} wide ({reason(e)}): read them at the site that it belongs to") from None
         self.n = code.n
-        check(tuple(back.shape) == (2, rows.shape[1]), f"{type(sae).__name__} decodes to {tuple(back.shape)} where {(2, rows.shape[1])} was expected: give one for this site")
+        check(back.shape == few.shape, f"{type(sae).__name__} decodes to {tuple(back.shape)} where {tuple(few.shape)} was expected: give one for this site")
 
     @torch.no_grad()
     def encode(self, rows:Float[Tensor, "b d"]) -> Code:
