@@ -203,14 +203,14 @@ def fit_rows(rows:list, form:Form, times:int, seed:int) -> Law:
     groups = [tuple(r.get(c) for c in (("n", "k", "seed") if size == "flops" and "n" in r else form.x)) for r in rows]
     return redraw(law, groups if len({*groups}) > 1 else range(len(y)), times, seed)
 
-# %% ../nbs/30_scaling.ipynb #d25f04ec
+# %% ../nbs/30_scaling.ipynb #0c114a06
 def held_out(rows:list, form:Form, times:int, seed:int) -> dict:
     "Leave out the largest fifth of the sizes (at least one), and predict their runs from the others."
     size = column(rows, form.x[-1])
     border = np.unique(size)[-max(1, len({*size}) // 5)]
     seen, unseen = ([r for r, s in zip(rows, size) if (s < border) == low] for low in (True, False))
     at, y, found = {x: column(unseen, x) for x in form.x}, column(unseen, form.y), {"left_out": {form.x[-1]: sorted({*size[size >= border].tolist()})}}
-    for name, floor in dict(with_floor=form.floor, without_floor=0).items():
+    for name, floor in dict(with_floor=len(form.x), without_floor=0).items():
         try: said = fit_rows(seen, replace(form, floor=floor), times, seed).predict(new=True, **at)
         except UserError as e: found[name] = {"missing": str(e)}; continue
         runs = [{x: v[i].item() for x, v in at.items()} | dict(measured=y[i].item(), predicted=p.value, low=p.low, high=p.high, relative_error=p.value / y[i].item() - 1) for i, p in enumerate(said)]
@@ -219,7 +219,7 @@ def held_out(rows:list, form:Form, times:int, seed:int) -> dict:
     errors = [last[key] / r[form.y] - 1 for r in unseen if (key := tuple(r[x] for x in form.x[:-1])) in last]
     return found | {"null": {"relative_error": float(np.sqrt(np.mean(np.square(errors))))} if errors else {"missing": "no smaller run with the same k"}}
 
-# %% ../nbs/30_scaling.ipynb #417b8767
+# %% ../nbs/30_scaling.ipynb #a4c08d55
 def check_runs(rows:list, form:Form):
     "Refuse rows that do not belong to one law."
     for name in ("subject", "d", "k"):
@@ -228,8 +228,8 @@ def check_runs(rows:list, form:Form):
     if "k" in form.x and "d" in rows[0]:
         check(2 * (k := column(rows, "k").max()) <= (d := column(rows, "d").max()), f"k goes up to {k:.0f} in a model of width {d:.0f}, but the law holds for k far below it: leave out the runs with k above d/2")
     size, runs = "flops" if "flops" in form.x else "tokens", {}
-    for r in rows if all(c in rows[0] for c in ("n", size)) else (): runs.setdefault((r["n"], r.get("k"), r.get("seed")), []).append(r)
-    spans = sorted((c.min(), c.max()) for c in (column(run, size) for run in runs.values()) if len({*c}) > 2)
+    for r in rows: runs.setdefault((r.get("n"), r.get("k"), r.get("seed")), []).append(r.get(size))
+    spans = sorted((min(c), max(c)) for key, c in runs.items() if key[0] and len({*c}) > 2 and all(isinstance(v, (int, float)) for v in c))
     apart = all(c[0]**2 > a[0] * a[1] for a, c in zip(spans, spans[1:])) if size == "flops" else all(c < 4 * a for a, c in spans)
     how = "the lower envelope of all curves (sae_nb.plan.envelope)" if size == "flops" else "its loss at convergence (sae_nb.plan.converged_runs)"
     check(apart, f"one run stands at many {size}, this law wants {how}: reduce the table first")
