@@ -165,7 +165,7 @@ class Spliced:
         "KL(clean ‖ spliced), nats a token."
         return Estimate.of(torch.stack([self.kl[name], self.counts], 1).numpy(), **about)
 
-# %% ../nbs/20_metrics.ipynb #3f6a8679
+# %% ../nbs/20_metrics.ipynb #ef75668a
 @torch.no_grad()
 def splice(sae,                    # anything with encode(rows) and decode(code)
            lm:LM, text:Text, site,
@@ -182,15 +182,14 @@ def splice(sae,                    # anything with encode(rows) and decode(code)
     dictionaries = {name: Dictionary(s, mean.repeat(2, 1)) for name, s in (("sae", sae), ("null", null)) if s is not None}
     sums = {name: Reconstruction(len(mean), s.n) for name, s in dictionaries.items()}
     losses, kl, counts = {name: [] for name in ("clean", "zero", "mean", *sums)}, {name: [] for name in sums}, []
-    spliced, last = (max(1, -(-rows // (context - 1))) for rows in (min(downstream, tokens), tokens))
-    for at, w in _cut(progress(windows(text.documents(held_out=True), lm.tokenizer, context, batch or windows_at_once(lm, context))), (spliced, last)):
+    for at, w in _cut(progress(windows(text.documents(held_out=True), lm.tokenizer, context, batch or windows_at_once(lm, context))), (min(downstream, tokens), tokens)):
         def through(name, rows):
             code = dictionaries[name].encode(rows)
             recon = dictionaries[name].decode(code)
             sums[name].add(rows, recon, code, w.keep.sum(1).tolist())
             if see and name == "sae": see(w, code)
             return recon
-        if at >= spliced:
+        if at >= downstream:
             rows = lm.read(w.ids, site)[w.keep.to(lm.device)].float()
             for name in sums: through(name, rows)
             continue
@@ -206,23 +205,24 @@ def splice(sae,                    # anything with encode(rows) and decode(code)
     return Spliced(sums, joined(losses), joined(kl), torch.cat(counts).double())
 
 def _cut(stream, borders):
-    "The batches of `stream` and the number of windows before each, cut so that none crosses a border; the last border ends it."
-    at = 0
+    "The batches of `stream` and the rows before each, cut behind the windows in which a border (in rows) falls; the last one ends it."
+    rows = 0
     for w in stream:
         while len(w):
-            if (border := next((b for b in borders if b > at), None)) is None: return
-            n = min(len(w), border - at)
-            yield at, w.take(torch.arange(n))
-            w, at = w.take(torch.arange(n, len(w))), at + n
+            if (border := next((b for b in borders if b > rows), None)) is None: return
+            upto = rows + w.keep.sum(1).cumsum(0)
+            n = min(len(w), int((upto < border).sum()) + 1)
+            yield rows, w.take(torch.arange(n))
+            w, rows = w.take(torch.arange(n, len(w))), int(upto[n - 1])
 
 def windows_at_once(lm, context):
     "Windows whose tokens fit the cache and whose logits fit in memory."
     return max(1, min(4096, 2**26 // lm.model.config.get_text_config().vocab_size) // context)
 
-# %% ../nbs/20_metrics.ipynb #ea09249a
-def measure(sae, lm:LM, text:Text, site, context:int=256, **more) -> Metrics:
-    "Measure `sae` on held-out text; `more` goes to `splice`."
-    seen = splice(sae, lm, text, site, context, **more)
+# %% ../nbs/20_metrics.ipynb #29758351
+def measure(sae, lm:LM, text:Text, site, context:int=256, tokens:int=200_000, **more) -> Metrics:
+    "Measure `sae` on held-out text; arguments as in `splice`."
+    seen = splice(sae, lm, text, site, context, tokens, **more)
     s, null, worse = seen.sums["sae"], seen.sums.get("null"), seen.losses["sae"] - seen.losses["clean"]
     share = lambda name, ablated: seen.recovered(name, ablated, times=1).value
     nulls = {} if null is None else dict(null_nmse=null.nmse, null_explained_variance=1 - null.nmse, null_dead_fraction=null.dead,

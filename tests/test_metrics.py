@@ -74,7 +74,7 @@ def test_reconstruction_is_the_definition_however_it_is_fed():
 def test_splicing_equals_a_loop_over_windows(lm, text, sae):
     seen = splice(sae, lm, text, SITE, CONTEXT, tokens=700, downstream=500)
     whole = torch.cat([w.ids for w in windows(text.documents(True), lm.tokenizer, CONTEXT)])
-    assert len(seen.counts) == -(-500 // 63) and seen.sums["sae"].rows >= 700
+    assert len(seen.counts) in (8, 9) and 700 <= seen.sums["sae"].rows < 700 + 63
     mean = mean_row(lm, text, SITE, CONTEXT)
     for i, ids in enumerate(whole[:len(seen.counts)]):
         keep = ids != lm.tokenizer.bos_token_id
