@@ -151,7 +151,7 @@ def evaluated(folder, lm, suite:str, seed:int, curves:str):
     print(found.table(), f"\n{shares(found.seconds, sum(found.seconds.values()))}\nevaluation: {folder / 'evaluation.json'}")
     return found
 
-# %% ../nbs/91_cli.ipynb #391b2ed8
+# %% ../nbs/91_cli.ipynb #61637a85
 def swept(args):
     "Train what is missing of a sweep, and print its table."
     from sae_nb.runs import RunConfig
@@ -159,11 +159,12 @@ def swept(args):
     given = {f.name: getattr(args, f.name) for f in fields(RunConfig)}
     lists = {name: v for name, v in given.items() if name in VARY and len(v) > 1}
     runs = grid(RunConfig(**{name: v[0] if name in VARY else v for name, v in given.items()}), **lists)
-    bar = progress(f"{len(runs)} runs", sum(cfg.tokens for cfg in runs.values()))
-    with bar:
-        for p in sweep(runs, args.out, args.together):
-            bar.set_postfix_str(f"{p.run}: nmse {p.step.nmse:.3f}", refresh=False)
-            bar.update(p.done - bar.n)
+    bar = None
+    for p in sweep(runs, args.out, args.together):
+        bar = bar or progress(f"{len(runs)} runs", p.total)
+        bar.set_postfix_str(f"{p.run}: nmse {p.step.nmse:.3f}", refresh=False)
+        bar.update(p.done - bar.n)
+    if bar: bar.close()
     print(write_table(args.out, runs), f"\ntable: {Path(args.out) / 'runs.csv'}")
 
 def fitted(table, law:str, out, bootstrap:int, seed:int):
@@ -171,7 +172,7 @@ def fitted(table, law:str, out, bootstrap:int, seed:int):
     from sae_nb.plan import envelope
     from sae_nb.scaling import fit_law, runs_of
     rows = runs_of(table)
-    found = fit_law(envelope(rows) if law == "c" and "n" in rows[0] and "tokens" in rows[0] else rows, law, bootstrap, seed)
+    found = fit_law(envelope(rows) if law == "c" and all(rows[0].get(c) for c in ("n", "tokens")) else rows, law, bootstrap, seed)
     if out: found.save(out)
     print(found, f"\nlaw: {out}" if out else "")
     return found

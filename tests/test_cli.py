@@ -145,7 +145,7 @@ def speak_here():
     "Let transformers log to this test's stderr, as it does in a process of its own."
     import logging, transformers  # noqa: the import makes the handler
     for handler in logging.getLogger("transformers").handlers:
-        if type(handler) is logging.StreamHandler: handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler: handler.stream = sys.stderr   # the old one may be closed, and setStream would flush it
 
 
 @pytest.fixture
@@ -359,3 +359,65 @@ def test_the_installed_command_says_it_too(saved, text, tmp_path):
     done = subprocess.run([sys.executable, "-c", "import sys; from sae_nb.cli import main; sys.exit(main())",
                            *map(str, train_with(text, tmp_path / "out", lm=folder))], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("sae-nb: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+# --- sweep and fit -----------------------------------------------------------------------------------
+
+def test_sweep_trains_every_combination_and_goes_on(text, tmp_path, capfd):
+    command = ["sweep", *MODEL, "--text", str(text), "--tokens", "5_000", "--out", str(tmp_path / "many")]
+    command[command.index("--n") + 1], command[command.index("--k") + 1] = "64,128", "4,8"
+    assert main(command) == 0
+    lines = (tmp_path / "many" / "runs.csv").read_text().splitlines()
+    assert {p.name for p in (tmp_path / "many").iterdir()} == {"runs.csv", "n64-k4", "n64-k8", "n128-k4", "n128-k8"}
+    assert {"n", "k", "tokens", "flops", "loss", "seed"} <= set(lines[0].split(",")) and "n128-k8" in capfd.readouterr().out
+    before = (tmp_path / "many" / "n64-k4" / "sae.safetensors").stat().st_mtime_ns
+    assert main(command) == 0 and (tmp_path / "many" / "n64-k4" / "sae.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "many" / "runs.csv").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("change, word", [(("--n", "64,x"), "n"), (("--k", "4,999"), "k"), (("--seed", ""), "seed"), (("--together", "0"), "together"), (("--n", "64,64"), "once")])
+def test_a_wrong_sweep_is_named(says, text, tmp_path, change, word):
+    assert word in says("sweep", *MODEL, "--text", text, "--tokens", "5_000", "--out", tmp_path / "many", *change)
+
+
+def law_table(path, rows, columns="n,k,tokens,flops,loss"):
+    path.write_text("\n".join([columns, *(",".join(map(str, r)) for r in rows)]) + "\n")
+    return path
+
+
+SIZES = [2**i for i in range(6, 15)]
+
+
+@pytest.mark.parametrize("law, rows, truth", [
+    ("n", [(n, 32, "", "", .1 + 2 * n**-.4) for n in SIZES], dict(a=2, b=-.4, e=.1)),
+    ("c", [("", "", "", c, .09 + 5 * c**-.2) for c in (10.**i for i in range(6, 15))], dict(a=5, b=-.2, e=.09)),
+    ("nk", [(n, k, "", "", n**-.1 * k**-.05 * .8 + .2 * k**-.1) for n in SIZES for k in (8, 16, 32, 64, 128)], dict(beta_n=-.1, beta_k=-.05, gamma=0., eta=-.1))])
+def test_fit_finds_a_planted_law_and_writes_the_contract(tmp_path, law, rows, truth):
+    out = tmp_path / "law.json"
+    assert main(["fit", str(law_table(tmp_path / "t.csv", rows)), "--law", law, "--out", str(out), "--bootstrap", "50", "--seed", "1"]) == 0
+    found = json.loads(out.read_text())
+    assert {"law", "coefficients", "runs", "rmse_log", "held_out"} <= set(found) and found["law"] == law and found["runs"] == len(rows) and found["rmse_log"] < 1e-3
+    assert set(found["coefficients"]) == (set("abe") if law != "nk" else {"alpha", "beta_k", "beta_n", "gamma", "zeta", "eta"})
+    for name, value in truth.items():
+        c = found["coefficients"][name]
+        assert c["value"] == pytest.approx(value, abs=2e-3) and c["low"] - 1e-9 <= c["value"] <= c["high"] + 1e-9
+
+
+BAD = dict(one_size=[(64, 8, "", "", .3 + i / 100) for i in range(9)], negative=[(n, 8, "", "", -.1) for n in SIZES], nan=[(n, 8, "", "", "nan") for n in SIZES],
+           words=[(n, 8, "", "", "low") for n in SIZES], ragged=[(64, 8), *[(n, 8, 1, 1, .2) for n in SIZES]], few=[(n, 8, "", "", .1 + n**-.5) for n in SIZES[:2]])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_table_without_a_law_is_refused_in_a_sentence(says, tmp_path, name): assert len(says("fit", law_table(tmp_path / "t.csv", BAD[name]), "--law", "n")) > 20
+
+
+@pytest.mark.parametrize("content", ["", "n,loss\n", "\x00\x01", "n;loss\n1;2\n"])
+def test_a_file_that_is_no_table_is_refused(says, tmp_path, content):
+    (tmp_path / "t.csv").write_text(content)
+    says("fit", tmp_path / "t.csv", "--law", "n")
+
+
+def test_fit_of_nothing(says, tmp_path):
+    says("fit", tmp_path / "none.csv", "--law", "n")
+    says("fit", law_table(tmp_path / "t.csv", BAD["few"]), "--law", "cubic")
+    says("fit", law_table(tmp_path / "t.csv", [(n, 8, "", "", .1 + 2 * n**-.4) for n in SIZES]), "--law", "n", "--bootstrap", "0")
