@@ -171,7 +171,10 @@ def test_portions_do_not_matter(lm, ids, sae):
     x, d = lm.read(at.ids, SITE)[0], Dictionary(sae, lm.read(ids[None], SITE)[0])
     changes = without(d, x[5], active(d, x[5]))
     whole = spread(lm, SITE, at, x, changes)
-    for portion in (1, 3): torch.testing.assert_close(spread(lm, SITE, at, x, changes, portion), whole, atol=1e-6, rtol=0)
+    for portion in (1, 3):
+        part = spread(lm, SITE, at, x, changes, portion)
+        torch.testing.assert_close(part.mean(), whole.mean(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(part, whole, atol=1e-6, rtol=1e-4)
 
 
 def test_a_sleeping_latent_has_no_effect_and_says_so(lm, ids, sae):
@@ -259,7 +262,10 @@ def test_attribution_leaves_no_gradients_behind(lm, ids):
 def test_same_seed_same_numbers(lm, text, sae):
     how = dict(context=32, positions=6, T=4)
     a, b, c = (ablate(sae, lm, text, SITE, seed=s, portion=p, **how) for s, p in ((3, None), (3, 2), (4, None)))
-    for name in a.values: torch.testing.assert_close(torch.cat(a.values[name]), torch.cat(b.values[name]), atol=1e-6, rtol=0)
+    for name in a.values:
+        one, other = torch.cat(a.values[name]), torch.cat(b.values[name])
+        torch.testing.assert_close(one.mean(), other.mean(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
     assert a.estimate().value != c.estimate().value
     assert set(a.estimate().nulls) == {"channels", "untrained", "random directions", "Gaussian"}
     assert {len(v) for vs in a.values.values() for v in vs} <= set(range(9))
