@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'SEPARATOR', 'Document', 'is_test', 'module_name', 'hash_unit', 'python_library', 'python_topics',
-           'is_held_out', 'Text', 'pieces', 'text_files', 'hub_dataset', 'load_text', 'load_tokenizer', 'Windows',
-           'windows']
+           'is_held_out', 'Text', 'pieces', 'text_files', 'hub_dataset', 'load_text', 'load_tokenizer', 'Span',
+           'Windows', 'windows', 'Words']
 
-# %% ../nbs/03_text.ipynb #76977c55
+# %% ../nbs/03_text.ipynb #b469be5e
 import hashlib, os, re, sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain, islice
+from itertools import chain, groupby, islice, takewhile
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def module_name(path, root):
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
-# %% ../nbs/03_text.ipynb #5171b80c
+# %% ../nbs/03_text.ipynb #0687d8f9
 def hash_unit(name:str) -> float:
     "A number in [0, 1) that only depends on `name`."
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
@@ -51,9 +52,7 @@ def _sources(root):
         inner[:] = [d for d in inner if d not in ("site-packages", "dist-packages", "__pycache__")]
         yield from (Path(folder) / n for n in names if n.endswith(".py"))
 
-def python_library(root=None,        # folder of the standard library; this Python's own by default
-                   tests:bool=False  # the test suite instead of the library
-                  ) -> Iterator[Document]:
+def python_library(root=None, tests:bool=False) -> Iterator[Document]:  # folder of the standard library, by default this Python's own; its test suite instead
     "Read the modules of the standard library, in hash order, without generated tables."
     root = Path(root or sysconfig.get_path("stdlib"))
     paths = {module_name(p, root): p for p in _sources(root)}
@@ -68,10 +67,8 @@ def python_topics() -> Iterator[Document]:
     from pydoc_data.topics import topics
     for name in sorted(topics, key=hash_unit): yield Document("docs." + name, topics[name])
 
-# %% ../nbs/03_text.ipynb #44d69c8b
-def is_held_out(name:str,         # a module's or topic's name
-                share:float=0.1   # share of the names to hold out
-               ) -> bool:
+# %% ../nbs/03_text.ipynb #5cdeb9e5
+def is_held_out(name:str, share:float=0.1) -> bool:  # a module's or topic's name; share of the names to hold out
     "Tell whether the document of that name must never be trained on."
     return hash_unit(name) < share
 
@@ -87,13 +84,10 @@ class Text:
         "One pass over the documents of one side of the split."
         return (d for i, d in enumerate(self.read()) if self.rule(i, d) == held_out)
 
-# %% ../nbs/03_text.ipynb #375f8b4f
+# %% ../nbs/03_text.ipynb #024423e6
 SEPARATOR = "<|endoftext|>"
 
-def pieces(name:str,            # name of the text
-           chunks:Iterable[str], # the text, in chunks of any size
-           size:int             # longest piece (characters)
-          ) -> Iterator[Document]:
+def pieces(name:str, chunks:Iterable[str], size:int) -> Iterator[Document]:  # name of the text; the text in chunks of any size; longest piece (characters)
     "Cut a text at its separators, and what is longer than `size` at the end of a line, a word, or anywhere."
     rest, count = "", 0
     for chunk in chain(chunks, [SEPARATOR]):
@@ -112,7 +106,7 @@ def _cut(s, start, size):
     end = next((e for e in ends if e), start + size)
     return end, end
 
-# %% ../nbs/03_text.ipynb #15d72d01
+# %% ../nbs/03_text.ipynb #4f90920f
 def _chunks(path):
     "The file's text, a megabyte at a time."
     try:
@@ -121,9 +115,7 @@ def _chunks(path):
     except UnicodeDecodeError: raise UserError(f"text {str(path)!r} is not UTF-8: convert it first") from None
     except OSError as e: raise UserError(f"text {str(path)!r} cannot be read ({e.strerror}): check its permissions") from None
 
-def text_files(name:str,    # a file, or a folder
-               size:int=0   # longest piece (characters); 0: a fortieth of the text, 200 to 65,536
-              ) -> Text:
+def text_files(name:str, size:int=0) -> Text:  # a file or folder; longest piece (characters), 0: a fortieth of the text, 200 to 65,536
     "The text of one file, or of all files below a folder."
     path, hidden = Path(name), lambda p: any(part.startswith(".") or part == "__pycache__" for part in p.parts)
     paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p.relative_to(path)))
@@ -134,15 +126,13 @@ def text_files(name:str,    # a file, or a folder
         for p in paths: yield from pieces(p.name if p == path else str(p.relative_to(path)), _chunks(p), size)
     return Text(name, read, lambda i, doc: i % 10 == 9)
 
-# %% ../nbs/03_text.ipynb #f805f661
+# %% ../nbs/03_text.ipynb #20d85637
 def _text_column(row):
     names = [c for c, v in row.items() if isinstance(v, str)]
     check(names, f"the data set has columns {', '.join(row)} but none holds text: name a data set with a text column")
     return "text" if "text" in names else names[0]
 
-def hub_dataset(name:str,          # owner/name on the hub, or a folder written by save_to_disk
-                split:str="train"  # which part of it
-               ) -> Text:
+def hub_dataset(name:str, split:str="train") -> Text:  # owner/name on the hub, or a folder written by save_to_disk; which part of it
     "A Hugging Face data set, streamed; needs the extra `data`."
     try: import datasets
     except ImportError: raise UserError(f"text {name!r} is a Hugging Face data set and `datasets` is not installed: pip install 'sae_nb[data]'") from None
@@ -158,9 +148,8 @@ def hub_dataset(name:str,          # owner/name on the hub, or a folder written 
         raise UserError(f"text {name!r} is no file or folder here, and no data set of that name could be read ({reason(e)}): check the name and the network") from None
     return Text(name, lambda: (Document(f"{name}#{i}", row[column]) for i, row in enumerate(data)), lambda i, doc: i % 10 == 9)
 
-# %% ../nbs/03_text.ipynb #8d2cb268
-def load_text(name:str  # `pylib`, a file, a folder, a folder of `datasets`, or owner/name on the hub
-             ) -> Text:
+# %% ../nbs/03_text.ipynb #39fd53b1
+def load_text(name:str) -> Text:  # `pylib`, a file, a folder, a folder of `datasets`, or owner/name on the hub
     "The text of that name, with its held-out split."
     if name == "pylib":
         def read(): yield from python_library(); yield from python_topics()
@@ -172,24 +161,37 @@ def load_text(name:str  # `pylib`, a file, a folder, a folder of `datasets`, or 
     check(hub, f"text {name!r} does not exist: give `pylib`, a file, a folder, or owner/name of a data set on the hub")
     return hub_dataset(name)
 
-# %% ../nbs/03_text.ipynb #c32a4c9d
-def load_tokenizer(folder=None  # a folder with a tokenizer, or a hub name; the packaged one by default
-                  ):
+# %% ../nbs/03_text.ipynb #d0a00e76
+def load_tokenizer(folder=None):  # a folder with a tokenizer, or a hub name; the packaged one by default
     "A Hugging Face tokenizer."
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(str(folder or files("sae_nb") / "assets" / "tokenizer"))
 
-# %% ../nbs/03_text.ipynb #d0763ee7
+# %% ../nbs/03_text.ipynb #bfec56aa
+@dataclass(frozen=True)
+class Span:
+    "The part of a window that one document fills; separators belong to no document."
+    start:int    # position of its first token in the window
+    stop:int     # position behind its last
+    doc:str      # name of the document
+    token:int=0  # number of that first token within the document
+
+    def within(self, low, high, shift=0):
+        "The part of it in [low, high), told from `low` on."
+        start, stop = max(self.start, low), min(self.stop, high)
+        return Span(start - low + shift, stop - low + shift, self.doc, self.token + start - self.start)
+
 @dataclass(frozen=True)
 class Windows:
     "A batch of contexts, ready for a model."
     ids:Int[Tensor, "b s"]    # token ids
     keep:Bool[Tensor, "b s"]  # True where a real token stands, False at special tokens
     docs:list                 # name of the document in which each window starts
+    spans:list=()             # for each window the `Span`s of documents in it, in order
     def __len__(self): return len(self.ids)
-    def take(self, which): return Windows(self.ids[which], self.keep[which], [self.docs[i] for i in which])
+    def take(self, which): return Windows(self.ids[which], self.keep[which], [self.docs[i] for i in which], [self.spans[i] for i in which] if self.spans else ())
 
-# %% ../nbs/03_text.ipynb #b9c1be81
+# %% ../nbs/03_text.ipynb #3436f2bf
 def _marks(tokenizer):
     "Ids of the token that opens a window, of the one between documents, and of all special ones."
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id) if i is not None), None)
@@ -197,17 +199,19 @@ def _marks(tokenizer):
     return first, between, torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long)
 
 def _bodies(docs, tokenizer, between, size, group=8):
-    "Runs of `size` tokens of the joined documents, each with the document it starts in."
-    ids, owner, docs = [], [], iter(docs)
+    "Runs of `size` tokens of the joined documents, each with the documents in it, the one it starts in first."
+    ids, spans, docs, between = [], [], iter(docs), [] if between is None else [between]
     while some := list(islice(docs, group)):
         for doc, new in zip(some, tokenizer([d.text for d in some], add_special_tokens=False, verbose=False)["input_ids"]):
-            new = new + ([] if between is None else [between])
-            ids += new; owner += [doc.name] * len(new)
+            if new or between: spans.append(Span(len(ids), len(ids) + len(new), doc.name))
+            ids += new + between
         n = len(ids) // size * size
-        yield from ((ids[i:i + size], owner[i]) for i in range(0, n, size))
-        ids, owner = ids[n:], owner[n:]
+        for i in range(0, n, size):
+            while spans[0].stop + len(between) <= i: del spans[0]
+            yield ids[i:i + size], [s.within(i, i + size) for s in takewhile(lambda s: s.start < i + size, spans)]
+        ids, spans = ids[n:], [Span(s.start - n, s.stop - n, s.doc, s.token) for s in spans]
 
-# %% ../nbs/03_text.ipynb #404b16d5
+# %% ../nbs/03_text.ipynb #6c98b751
 def windows(docs:Iterable[Document],  # one pass over the documents
             tokenizer,                # of the model that will read them
             context:int=256,          # tokens a window, the opening token included
@@ -216,8 +220,34 @@ def windows(docs:Iterable[Document],  # one pass over the documents
     "Join the documents, cut them into windows, and give these in batches; what does not fill a window is dropped."
     first, between, special = _marks(tokenizer)
     check(context > 1, f"context is {context}: a window needs at least 2 tokens")
-    bodies = _bodies(docs, tokenizer, between, context - (first is not None))
+    opening = [] if first is None else [first]
+    bodies = _bodies(docs, tokenizer, between, context - len(opening))
     while some := list(islice(bodies, batch)):
-        ids = torch.tensor([b for b, _ in some])
-        if first is not None: ids = torch.cat([torch.full((len(ids), 1), first), ids], 1)
-        yield Windows(ids, ~torch.isin(ids, special), [d for _, d in some])
+        ids = torch.tensor([opening + b for b, _ in some])
+        spans = [[s.within(0, context, len(opening)) for s in spans if s.stop > s.start] for _, spans in some]
+        yield Windows(ids, ~torch.isin(ids, special), [spans[0].doc for _, spans in some], spans)
+
+# %% ../nbs/03_text.ipynb #7d1b0c6b
+class Words:
+    "What each token adds to a text; a character cut into several tokens comes with the last of them."
+    def __init__(self, tokenizer):
+        decode = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        self.known, self.stop = {}, tokenizer(".", add_special_tokens=False)["input_ids"]
+        self.decode = lambda ids: decode([*self.stop, *ids])[len(decode(self.stop)):]   # as it reads in the middle of a text
+
+    def __call__(self, ids:list) -> list: return [text for text, _ in self.closed(ids)]
+
+    def closed(self, ids:list) -> list:
+        "The text of each of `ids`, and whether no character is left open behind it."
+        for i in {*ids} - self.known.keys(): self.known[i] = self.decode([i])
+        out = []
+        for broken, run in groupby(ids, lambda i: "\ufffd" in self.known[i]): out += self._joined([*run]) if broken else [(self.known[i], True) for i in run]
+        return out
+
+    def _joined(self, ids):
+        "As `closed`, for tokens that hold parts of characters."
+        whole, done, out = self.decode(ids), 0, []
+        for text in (self.decode(ids[:i + 1]) for i in range(len(ids))):
+            same = max(done, len(commonprefix([text, whole])))
+            out, done = [*out, (whole[done:same], same == len(text))], same
+        return out
