@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE_LR', 'recipe', 'RunConfig', 'save_checkpoint', 'load_checkpoint', 'open_run', 'read_steps', 'run_blocks',
-           'Source', 'run', 'finish', 'runs_table']
+           'Source', 'run', 'finish', 'run_config', 'runs_table']
 
 # %% ../nbs/12_runs.ipynb #be6c11e6
 import hashlib, json, math, time
@@ -218,6 +218,13 @@ def finish(folder, state:State, unseen) -> SAE:
     sae = min(both, key=lambda s: held_out_nmse(s, unseen))
     sae.save(folder)
     return sae
+
+# %% ../nbs/12_runs.ipynb #d61fc192
+def run_config(folder) -> RunConfig:
+    "The settings of the run in `folder`."
+    settings = read_json(Path(folder) / "config.json")
+    check(isinstance(settings.get("run"), dict), f"{folder}/config.json does not describe a run: restore it from a copy, or train again")
+    return RunConfig.from_dict(settings["run"])
 
 # %% ../nbs/12_runs.ipynb #1f29520d
 def runs_table(folder) -> Table:

@@ -76,7 +76,7 @@ class Form:
         falls, rest = power(X, theta[:, :p]), power(Z, theta[:, p:]) * bool(self.floor)
         return np.log(falls + rest)[..., 0], np.concatenate([falls * X, rest * Z], -1) / (falls + rest)
 
-# %% ../nbs/30_scaling.ipynb #2fefa54f
+# %% ../nbs/30_scaling.ipynb #9c2c31c7
 def weight(r, delta:float):
     "How much residuals count: 1, and less beyond `delta`."
     return np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))
@@ -93,7 +93,7 @@ def solve(form:Form, y:Float[np.ndarray, "b r"], X:Float[np.ndarray, "r p"], sta
     now, damp, done, eye = look(np.array(start, dtype=float)), np.full(len(start), 1e-4), np.zeros(len(start), bool), np.eye(len(start[0]))
     while (steps := steps - 1) >= 0 and not done.all():
         theta, cost, r, J, Jw = now
-        A = (A := Jw @ J) + ((damp[:, None] * (np.diagonal(A, axis1=1, axis2=2) + 1e-12))[..., None] + 1 - free) * eye
+        A = (A := Jw @ J) + ((damp[:, None] * (np.diagonal(A, axis1=1, axis2=2) + 1e-12))[..., None] + (1 - free)) * eye
         with np.errstate(all="ignore"): new = look(theta + np.linalg.solve(A, Jw @ r)[..., 0])
         better = new[1] < cost
         done |= better & (cost - new[1] < 1e-10 * cost) | (damp > 1e6)
@@ -219,7 +219,7 @@ def held_out(rows:list, form:Form, times:int, seed:int) -> dict:
     errors = [last[key] / r[form.y] - 1 for r in unseen if (key := tuple(r[x] for x in form.x[:-1])) in last]
     return found | {"null": {"relative_error": float(np.sqrt(np.mean(np.square(errors))))} if errors else {"missing": "no smaller run with the same k"}}
 
-# %% ../nbs/30_scaling.ipynb #a4c08d55
+# %% ../nbs/30_scaling.ipynb #385834b7
 def check_runs(rows:list, form:Form):
     "Refuse rows that do not belong to one law."
     for name in ("subject", "d", "k"):
@@ -228,7 +228,7 @@ def check_runs(rows:list, form:Form):
     if "k" in form.x and "d" in rows[0]:
         check(2 * (k := column(rows, "k").max()) <= (d := column(rows, "d").max()), f"k goes up to {k:.0f} in a model of width {d:.0f}, but the law holds for k far below it: leave out the runs with k above d/2")
     size, runs = "flops" if "flops" in form.x else "tokens", {}
-    for r in rows: runs.setdefault((r.get("n"), r.get("k"), r.get("seed")), []).append(r.get(size))
+    for r in rows: runs.setdefault((r.get("n"), r.get("k"), size == "tokens" and r.get("seed")), []).append(r.get(size))
     spans = sorted((min(c), max(c)) for key, c in runs.items() if key[0] and len({*c}) > 2 and all(isinstance(v, (int, float)) for v in c))
     apart = all(c[0]**2 > a[0] * a[1] for a, c in zip(spans, spans[1:])) if size == "flops" else all(c < 4 * a for a, c in spans)
     how = "the lower envelope of all curves (sae_nb.plan.envelope)" if size == "flops" else "its loss at convergence (sae_nb.plan.converged_runs)"

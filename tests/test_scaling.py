@@ -1,5 +1,6 @@
 "Laws recover what was planted, refuse what cannot be told, and answer mistakes with one sentence."
 import json, math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,3 +294,37 @@ def test_advice_knows_its_borders():
     says("single latent", advise, law, 1e-9, spend, tokens)
     says("budget is -1", advise, law, -1, spend, tokens)
     says("against n", advise, tokens, 1., spend, tokens)
+
+
+# --- the recorded sweep ------------------------------------------------------------------------------
+
+RECORDED = Path(__file__).resolve().parent.parent / "recipes" / "results" / "laws.csv"
+
+
+def recorded(part="nk", **wanted):
+    "Rows of the recorded table."
+    return [r for r in read_runs(RECORDED).rows if r["part"] == part and all(r[c] == v for c, v in wanted.items())]
+
+
+@pytest.mark.parametrize("k", (4, 8))
+def test_the_recorded_sweep_foretells_its_largest_size(k):
+    "Within 3 %, inside the interval, and better than without a floor or than the last size, for k far below the width."
+    said = fit_law(recorded(k=k), "n", 500).held_out
+    assert said["left_out"] == {"n": [2048.]} and len(said["with_floor"]["runs"]) == 2
+    assert said["with_floor"]["relative_error"] < min(.03, said["without_floor"]["relative_error"] / 3) < said["null"]["relative_error"]
+    assert all(r["low"] < r["measured"] < r["high"] for r in said["with_floor"]["runs"])
+
+
+def test_floors_that_vanish_in_a_sample_do_not_stop_the_fit():
+    "In some bootstrap samples of all recorded k the floor is zero to machine precision, and its coefficients have no gradient."
+    law = fit_law([r for r in recorded() if r["n"] < 2048], "nk", 300)
+    assert np.isfinite(law.draws).all() and law.rmse_log > .04   # k up to a quarter of the width: the form does not hold
+
+
+def test_an_envelope_of_several_seeds_is_one_law():
+    "Seeds of one size take turns on the frontier; that is no mixture of curves."
+    edge = envelope(recorded(k=8))
+    assert len({r["seed"] for r in edge.rows}) == 2
+    law = fit_law(edge, "c", 100)
+    assert law.coefficients["b"].high < 0 < law.coefficients["e"].low
+    says("lower envelope", fit_law, recorded(k=8), "c", 100)
