@@ -16,13 +16,18 @@ OUT ?= runs/first
 
 BIN := .venv/bin
 READY := .venv/.ready
-.PHONY: train test bench lab export readme notebooks docs-check models setup
+.PHONY: train test browser bench laws lab export readme notebooks docs-check models setup
 
 train: $(READY)
 	$(BIN)/sae-nb train --lm $(LM) --text $(TEXT) --site $(SITE) --n $(N) --k $(K) --tokens $(TOKENS) --out $(OUT) --resume
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
+
+# the widgets in a real browser, through Voila and JupyterLab; needs Chromium or Chrome
+browser: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,browser]'
+	$(BIN)/python -m pytest tests/test_explorer.py tests/test_explorer_kernel.py tests/test_live.py
 
 setup: $(READY)
 
@@ -37,6 +42,10 @@ $(READY): settings.ini pyproject.toml setup.py
 # our training step beside a dense reference and installed peers: benchmarks/README.md; half an hour on a quiet machine
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
+
+# the recorded scaling laws, from nothing: half an hour on two quiet cores
+laws: $(READY)
+	$(BIN)/python recipes/laws.py --out runs/laws
 
 lab: $(READY)
 	$(BIN)/python -m pip install --quiet jupyterlab

@@ -58,7 +58,7 @@ def test_export_is_current(copy):
 
 
 MODULES = {exported(read(p)): int(p.name[:2]) for p in LIBRARY if exported(read(p))}
-LAYERS = {0: {0}, 1: {0, 1}, 2: {0, 2}, 3: set(), 4: {0, 2}, 5: {5}, 9: set(range(10))}   # decade -> decades it may import
+LAYERS = {0: {0}, 1: {0, 1}, 2: {0, 2}, 3: set(), 4: {0, 2, 4}, 5: {4, 5}, 8: set(range(9)), 9: set(range(10))}   # decade -> decades it may import
 EVERYWHERE = {"core", "show", "page"}
 
 
@@ -219,11 +219,12 @@ def loaded_after(modules, names):
 
 
 def test_importing_everything_loads_nothing_heavy():
-    heavy = loaded_after(list(MODULES), ["transformers", "datasets", "triton", "anywidget", "kaleido", "pandas", "matplotlib"])
+    names = ["transformers", "datasets", "triton", "kaleido", "pandas", "matplotlib"]
+    heavy = loaded_after([m for m in MODULES if not m.startswith("widgets.")], names + ["anywidget", "ipywidgets", "IPython"]) + loaded_after(list(MODULES), names)
     assert not heavy, f"importing sae_nb loads {heavy}: import them where they are used"
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m in ("core", "show", "page", "scaling") or m.startswith("widgets.")])
+@pytest.mark.parametrize("module", [m for m in MODULES if m in ("core", "show", "page", "scaling", "plan", "features") or m.startswith("widgets.")])
 def test_light_modules_do_without_torch(module):
     assert not loaded_after([module], ["torch"]), f"importing sae_nb.{module} loads torch"
 
