@@ -68,7 +68,7 @@ def envelope(table) -> Table:
             if all(r["loss"] <= np.interp(math.log(r["flops"]), *other, left=math.inf, right=math.inf) for j, other in enumerate(logs) if j != i)]
     return Table(sorted(kept, key=lambda r: r["flops"]))
 
-# %% ../nbs/31_plan.ipynb #e9c02d77
+# %% ../nbs/31_plan.ipynb #09055519
 def largest_stable(table,              # rows with n, lr and loss; the loss of a failed run may be nan
                    within:float=.2     # how far above the best loss of its size a run may end
                   ) -> Table:
@@ -79,12 +79,12 @@ def largest_stable(table,              # rows with n, lr and loss; the loss of a
         found.setdefault(r["n"], []).append((r["lr"], r.get("loss") if isinstance(r.get("loss"), (int, float, np.number)) and math.isfinite(r["loss"]) else math.inf))
     out = []
     for n, tried in sorted(found.items()):
-        limit, failed = (1 + within) * min(l for _, l in tried), []
+        limit = (1 + within) * min(l for _, l in tried)
         check(math.isfinite(limit), f"every run of n = {n} has failed: try smaller learning rates")
-        failed = [lr for lr, l in tried if l > limit]
-        stable = [lr for lr, l in tried if l <= limit and lr < min(failed, default=math.inf)]
-        check(failed and stable, f"no {'larger' if stable else 'smaller'} rate than the stable ones of n = {n} was tried, so that its limit is not seen: widen the sweep")
-        out.append({"n": n, "lr": max(stable), "failed_at": min(failed)})
+        best = min(tried, key=lambda t: t[1])[0]
+        failed = [lr for lr, l in tried if l > limit and lr > best]   # one that is too small is slow, and has not failed
+        check(failed, f"no larger rate than the stable ones of n = {n} was tried, so that its limit is not seen: widen the sweep")
+        out.append({"n": n, "lr": max(lr for lr, l in tried if l <= limit and lr < min(failed)), "failed_at": min(failed)})
     return Table(out)
 
 # %% ../nbs/31_plan.ipynb #987071e2

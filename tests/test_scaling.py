@@ -265,6 +265,8 @@ def test_the_largest_stable_rate():
     says("has failed", largest_stable, [r | {"loss": math.nan} for r in rows])
     gap = [dict(n=1, lr=1., loss=.3), dict(n=1, lr=2., loss=9.), dict(n=1, lr=4., loss=.31)]
     assert largest_stable(gap).rows[0]["lr"] == 1
+    slow = [dict(n=1, lr=lr, loss=l) for lr, l in ((.1, .9), (.2, .5), (.4, .3), (.8, .33), (1.6, .6))]   # too small a rate is slow, not unstable
+    assert largest_stable(slow).rows == [dict(n=1, lr=.8, failed_at=1.6)]
 
 
 def test_differences_of_exponents():
