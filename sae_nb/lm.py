@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'ATTENTION', 'MLP', 'DOWN', 'NORM_2', 'Site', 'parse_site', 'find_blocks', 'Place', 'find_place', 'LM',
            'packaged_lms', 'training_curve', 'load_lm']
 
-# %% ../nbs/04_lm.ipynb #ca349ef0
-import json, re
+# %% ../nbs/04_lm.ipynb #561988f7
+import json, re, threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,17 +101,17 @@ def find_place(model, blocks, site:Site) -> Place:
     check(_child(mlp, DOWN), f"site {site}: the MLP has no output matrix that we recognise: name the module by its path")
     return Place(_child(mlp, DOWN), "input")
 
-# %% ../nbs/04_lm.ipynb #7f6863c3
+# %% ../nbs/04_lm.ipynb #ff69c98a
 class _Stop(Exception): "Raised inside a forward pass to end it."
 
 @contextmanager
 def _hooked(place, see):
-    "While open, `see(x)` is called with the activation at `place`; what it returns, unless None, replaces it."
-    def before(module, args, kwargs):
-        x = see(args[0] if args else kwargs["hidden_states"])
+    "While open, `see(x)` is called with the activation at `place` in this thread; what it returns, unless None, replaces it."
+    def before(module, args, kwargs, mine=threading.get_ident()):
+        x = see(args[0] if args else kwargs["hidden_states"]) if threading.get_ident() == mine else None
         return None if x is None else ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-    def after(module, args, out):
-        x = see(_first(out))
+    def after(module, args, out, mine=threading.get_ident()):
+        x = see(_first(out)) if threading.get_ident() == mine else None
         return None if x is None else _with_first(out, x)
     handle = place.module.register_forward_pre_hook(before, with_kwargs=True) if place.side == "input" else place.module.register_forward_hook(after)
     try: yield

@@ -344,3 +344,14 @@ def test_a_dataset_without_text_gets_a_sentence(tmp_path):
     pytest.importorskip("datasets")
     dataset(number=[1, 2]).save_to_disk(str(tmp_path / "set"))
     with pytest.raises(UserError, match="number"): load_text(str(tmp_path / "set"))
+
+
+def test_a_model_can_be_read_by_two_threads():
+    "A run in the background and a reader in the notebook share a model; neither sees or stops the other's pass."
+    from concurrent.futures import ThreadPoolExecutor
+    lm = load_lm("pylib-64", device="cpu", dtype="float32")
+    ids = torch.arange(60).reshape(2, 30)
+    rows, logits, changed = lm.read(ids, "resid_post.1"), lm.logits(ids + 60), lm.logits(ids, "resid_post.2", torch.zeros_like)
+    work = [(lambda: lm.read(ids, "resid_post.1"), rows), (lambda: lm.logits(ids + 60), logits), (lambda: lm.logits(ids, "resid_post.2", torch.zeros_like), changed)]
+    with ThreadPoolExecutor(3) as pool:
+        for f, right in [(pool.submit(f), right) for _ in range(40) for f, right in work]: torch.testing.assert_close(f.result(), right)
