@@ -156,7 +156,7 @@ def evaluated(folder, lm, suite:str, seed:int, curves:str):
     print(found.table(), f"\n{shares(found.seconds, sum(found.seconds.values()))}\nevaluation: {folder / 'evaluation.json'}")
     return found
 
-# %% ../nbs/91_cli.ipynb #a6efbd2b
+# %% ../nbs/91_cli.ipynb #2307b4fa
 def swept(args):
     "Train what is missing of a sweep, and print its table."
     from sae_nb.runs import RunConfig
@@ -175,9 +175,10 @@ def swept(args):
 def shown(args):
     "Collect the features of a run if they are not there, and serve them, or write them as a page."
     from tqdm import tqdm
-    from sae_nb.explore import features_of, serve
+    from sae_nb.explore import check_server, features_of, serve
     from sae_nb.runs import run_config
     check(args.tokens >= 1, f"tokens is {args.tokens}: look at least at one")
+    if args.command == "explore": check_server(args.app)
     read = -(-args.tokens // (16 * run_config(args.folder).context)) if (Path(args.folder) / "config.json").exists() else None   # batches
     bar = lambda loop: tqdm(loop, desc="features", total=len(loop) if hasattr(loop, "__len__") else read, dynamic_ncols=True, mininterval=0.5, leave=False)
     payload = features_of(args.folder, args.tokens, progress=bar, device=args.device, explain=args.explain)

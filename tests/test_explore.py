@@ -50,6 +50,7 @@ def test_the_command_writes_a_page(folder, tmp_path):
     (["export", "DIR"], "--out"), (["export", "DIR", "--out", "DIR"], "something else"), (["explore", "DIR", "--app", "netscape"], "invalid choice"), (["export", "DIR", "--out", "x.html", "--tokens", "0"], "tokens is 0")])
 def test_mistakes_are_one_sentence(folder, args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sae_nb.explore.find_spec", lambda name: True)   # whatever is installed
     code, _, err = cli(*(folder if a == "DIR" else a for a in args))
     assert code == 2 and words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
@@ -82,3 +83,10 @@ def test_the_command_serves_the_explorer(folder, tmp_path):
     finally:
         if server.poll() is None: os.killpg(server.pid, signal.SIGINT)
         assert server.wait(30) == 0, (tmp_path / "log").read_text()
+
+
+def test_a_missing_server_is_told_before_anything_is_collected(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_nb.explore.find_spec", lambda name: None)
+    monkeypatch.setattr("sae_nb.explore.features_of", lambda *a, **k: pytest.fail("collected first"))
+    code, _, err = cli("explore", folder)
+    assert code == 2 and "sae_nb[explore]" in err
