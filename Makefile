@@ -16,7 +16,7 @@ OUT ?= runs/first
 
 BIN := .venv/bin
 READY := .venv/.ready
-.PHONY: train test browser bench laws lab export readme notebooks docs-check models setup
+.PHONY: train test browser bench laws mutants lab export readme notebooks docs-check models setup
 
 train: $(READY)
 	$(BIN)/sae-nb train --lm $(LM) --text $(TEXT) --site $(SITE) --n $(N) --k $(K) --tokens $(TOKENS) --out $(OUT) --resume
@@ -42,6 +42,10 @@ $(READY): settings.ini pyproject.toml setup.py
 # our training step beside a dense reference and installed peers: benchmarks/README.md; half an hour on a quiet machine
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
+
+# break the library on purpose, one change at a time, and see whether the tests notice; an hour on two cores
+mutants: $(READY)
+	$(BIN)/python tools/mutants.py
 
 # the recorded scaling laws, from nothing: half an hour on two quiet cores
 laws: $(READY)

@@ -16,6 +16,7 @@ setup(
     author_email=cfg["author_email"],
     keywords=cfg["keywords"].split(),
     url=cfg["git_url"],
+    package_dir={"": "."},   # an editable install is then a plain path, which a clone's parent folder does not shadow
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     include_package_data=False,   # assets are data, not packages
     package_data={cfg["lib_path"]: ["assets/**", "static/**"]},

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .core import check
+from .core import check, plain, room_for
 from .features import Band, Context, Feature, moments
 from .lm import LM
-from .n2g import Batch, coded, lots, wrapped
+from .n2g import Batch, lots, wrapped
 from .sae import Code
+from .sampling import norm_limit, spread, usual
 from .text import Text, Windows, Words
 
 # %% ../nbs/41_collect.ipynb #f2d19b20
@@ -82,7 +83,10 @@ class Collector:
                  top:int=8, sample:int=64,           # strongest places, at most one in a window, and random ones, kept for each latent
                  before:int=20, after:int=11,        # tokens around a place to know the activations of
                  beside:int=64, seed:int=0):         # latents on the same token to note, the strongest if there are more; of the sample
+        top, sample, before, after, beside, seed = (plain(x) for x in (top, sample, before, after, beside, seed))
         check(top > 0 and sample > 0, f"top is {top} and sample is {sample}: keep at least one place of each")
+        check(before >= 0 and after >= 0 and beside > 0, f"before is {before}, after is {after} and beside is {beside}: none of them is less than nothing")
+        room_for(n * ((top + sample) * (28 + 4 * (before + after)) + 4 * sample * min(beside, 64) + 1100), f"{n:,} latents with {top} strongest and {sample} random places each")
         self.n, self.before, self.seed, self.beside = n, before, seed, beside
         self.rows, self.counts, self.sums = 0, torch.zeros(n, dtype=torch.int64), torch.zeros(4, n, dtype=torch.float64)
         self.hist, self.largest = Histograms(n), torch.zeros(n)
@@ -156,12 +160,19 @@ class Collected:
     ids:Int[Tensor, "w s"]        # every window that was read: four bytes a token
     spans:list                    # the documents in each
     words:Words
+    left_out:int=0                # tokens not looked at because their rows are far outside of the rest
 
     @classmethod
-    def of(cls, c:Collector, tokenizer):
+    def of(cls, c:Collector, tokenizer, left_out:int=0):
         "What a collector has."
         check(c.ids, "nothing was collected: give at least one window")
-        return cls(c.rows, c.counts, c.sums, c.largest, c.hist, c.top.sorted(), c.sample.sorted(), c.before, torch.cat(c.ids), c.spans, Words(tokenizer))
+        top, sample = c.top.sorted(), c.sample.sorted()
+        return cls(c.rows, c.counts, c.sums, c.largest, c.hist, top, sample, c.before, torch.cat(c.ids), c.spans, Words(tokenizer), left_out)
+
+    @property
+    def documents(self) -> int:
+        "How many documents the tokens come from."
+        return len({span.doc for spans in self.spans for span in spans})
 
     def __post_init__(self): object.__setattr__(self, "texts", lru_cache(2**16)(self._texts))
 
@@ -185,7 +196,17 @@ class Collected:
         skip = self.spans[w][0].start if past else 0
         closed = self.words.closed(past + self.ids[w, skip:].tolist() + ahead)
         shut = [True, *(shut for _, shut in closed)][len(past):]
-        return [""] * skip + [t for t, _ in closed[len(past):]], [True] * skip + shut
+        texts = [""] * skip + [t for t, _ in closed[len(past):]][:self.ids.shape[1] - skip]
+        return self._whole(w, texts, past, ahead), [True] * skip + shut
+
+    def _whole(self, w, texts, past, ahead):
+        "`texts` of window `w` without the halves of characters that it cuts, where the neighbour was not read."
+        spans = self.spans[w]
+        if not spans: return texts
+        i, j = spans[0].start, spans[-1].stop - 1
+        while not past and spans[0].token and i < len(texts) and texts[i] == "\ufffd": texts[i], i = "", i + 1
+        while not ahead and spans[-1].stop == len(texts) and j >= i and texts[j] in ("", "\ufffd"): texts[j], j = "", j - 1
+        return texts
 
     def context(self, best:Best, latent:int, j:int) -> Context:
         "Entry `j` of a latent in `top` or `sample`, with the text around it."
@@ -228,11 +249,25 @@ def feature(c:Collected, latent:int, random:int=8, **how) -> Feature:   # random
     return Feature(latent, **{k: v if v == v else None for k, v in figures.items()}, hist=hist[:int(hist.nonzero().max()) + 1].tolist() if hist.any() else [],
                    top=contexts(c, c.top, latent), random=contexts(c, c.sample, latent, range(random)), bands=bands(c, latent, **how), together=together(c, latent), bin=c.hist.width)
 
-def collect(sae, lm:LM, text:Text, site,                 # anything with encode and decode; what it reads
-            tokens:int=1_000_000, context:int=256,       # rows to look at, at least; tokens in a window
-            held_out:bool=False, batch:int=16,           # which side of the text; windows to read at once
-            progress=iter, **keep) -> Collected:         # wraps the loop over batches; top, sample, before, after, beside, seed as in `Collector`
-    "Read the text once and collect figures and places of all latents."
-    c = Collector(wrapped(sae, lm, site).n, **keep)
-    for b in coded(sae, lm, text, site, context, tokens, held_out, batch, progress): c(b.windows, b.code)
-    return Collected.of(c, lm.tokenizer)
+def collect(sae, lm:LM, text:Text, site,   # anything with encode and decode; what it reads
+            tokens:int=1_000_000,          # rows to look at, at least, where the text has so many
+            context:int=256,               # tokens in a window
+            held_out:bool=False,           # which side of the text
+            batch:int=16,                  # windows to read at once
+            seed:int=0,                    # of the drawing of documents and of random places
+            progress=iter,                 # wraps the loop over batches
+            **keep                         # top, sample, before, after, beside as in `Collector`
+           ) -> Collected:
+    "Read windows of all documents once and collect figures and places of all latents."
+    tokens, context, batch, seed = (plain(x) for x in (tokens, context, batch, seed))
+    check(tokens >= 1, f"tokens is {tokens}: look at least at one")
+    sae = wrapped(sae, lm, site)
+    c, limit, left_out = Collector(sae.n, seed=seed, **keep), norm_limit(lm, text, site, context), 0
+    for w in progress(spread(text, lm.tokenizer, context, tokens, seed, held_out, batch, mixed=False)):
+        x = lm.read(w.ids, site)
+        near = usual(x, w, limit)
+        left_out += int(w.keep.sum() - near.keep.sum())
+        c(near, sae.encode(x[near.keep.to(x.device)].float()))
+    side = "held-out" if held_out else "training"
+    check(c.spans, f"text {text.name!r} has less than one window of {context} tokens on its {side} side: give more text or a shorter context")
+    return Collected.of(c, lm.tokenizer, left_out)

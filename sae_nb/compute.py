@@ -7,9 +7,8 @@ __all__ = ['frontier', 'compute_at', 'compute_equivalent', 'read_curves']
 
 # %% ../nbs/25_compute.ipynb #18caad37
 import csv, math
-from pathlib import Path
 
-from .core import Estimate, UserError, check
+from .core import Estimate, UserError, as_path, check
 
 # %% ../nbs/25_compute.ipynb #b8229214
 def frontier(curves:list) -> list:
@@ -33,15 +32,19 @@ def compute_at(curve:list,   # (compute, loss), compute rising
 def compute_equivalent(increase:Estimate,  # loss of the spliced model less its own (nats a token)
                        own:list,           # (compute, loss) along the subject model's training
                        family:list=(),     # the same of other models of its family
-                       nulls:dict=None     # name -> loss increase of something that knows nothing
+                       nulls:dict=None,    # name -> loss increase of something that knows nothing
+                       by:str="family"     # family: the hull of all curves; own: along the subject's own
                       ) -> Estimate:
-    "Share of the subject's pretraining compute at which its family has the spliced model's loss (paper §4.1)."
+    "Share of the subject's pretraining compute at which its family, or it itself, has the spliced model's loss (paper §4.1)."
+    check(by in ("family", "own"), f"by is {by!r}: choose family or own")
     own, family = _checked(own), [_checked(curve) for curve in family]
-    fair, (full, end) = frontier([own, *family]), own[-1]
+    if increase.value is None: return Estimate.missing(increase.settings.get("missing", "the increase of the loss is not known"))
+    fair, (full, end) = frontier([own, *family]) if by == "family" else own, own[-1]
     def share(curve, more):
         at, all_of_it = compute_at(curve, end + max(more, 0)), compute_at(curve, end)
         return at and at / all_of_it
-    settings = {**increase.settings, "own_curve": share(own, increase.value), "flops": full}
+    without = ", ".join(filter(None, (increase.settings.get("not_in_it"), "choice of curve")))
+    settings = {**increase.settings, "by": by, "own_curve": share(own, increase.value), "flops": full, "not_in_it": without}
     if (value := share(fair, increase.value)) is None:
         return Estimate.missing(f"a loss {increase.value:.3f} above the model's own lies outside of the recorded curves", **settings)
     low, high = (None if more is None else share(fair, more) for more in (increase.high, increase.low))
@@ -58,7 +61,7 @@ def read_curves(path,        # a CSV file with the columns model, flops, loss
                 own:str      # name of the subject model among them
                ) -> dict:
     "Training curves by model, the subject's first: model -> (compute, loss) points."
-    try: lines = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+    try: lines = list(csv.DictReader(as_path(path).read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"curves {path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'}): give a CSV file") from None
     check(lines and {"model", "flops", "loss"} <= set(lines[0]), f"curves {path} has columns {', '.join(lines[0] if lines else ()) or 'none'}: give model, flops and loss")
     found = {own: []}

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['directions', 'direct_map', 'favoured', 'nearest', 'exact', 'with_effects', 'examples', 'explanations', 'striking',
-           'write_features', 'Live']
+           'weights_of', 'write_features', 'Live']
 
 # %% ../nbs/42_dossier.ipynb #8d069dfd
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
+from io import BytesIO
 
 import torch
 from jaxtyping import Float, Int
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .ablate import effects
 from .collect import Collected, collect, feature
-from .core import UserError, check, reason
-from .features import Feature, Payload, write_payload
+from .core import UserError, check, digest, plain
+from .features import Feature, Payload, proved, write_payload
 from .lm import LM
 from .n2g import Examples, cells, chosen, explain, wrapped
 from .sae import Dictionary, unit_rows_
@@ -106,6 +106,8 @@ def explanations(sae, lm:LM, text:Text, site, c:Collected, latents, context:int=
 # %% ../nbs/42_dossier.ipynb #0d057605
 def striking(c:Collected, count:int, most:float=.02) -> list:   # latents; density above which one is left out
     "The latents with the largest summed squared activation among those that fire rarely."
+    count = plain(count)
+    check(isinstance(count, int) and count >= 0, f"{count!r} latents are asked for: give a whole number, at least 0")
     power = c.sums[1] * (c.counts <= most * c.rows)
     return power.argsort(descending=True, stable=True)[:min(count, int((power > 0).sum()))].tolist()
 
@@ -124,51 +126,74 @@ def _direct(lm, ids, d):
     return J if J.shape[1] == d else None
 
 # %% ../nbs/42_dossier.ipynb #7ae17514
-def write_features(sae, lm:LM, text:Text, site, folder,       # anything with encode and decode; where to write
-                   tokens:int=1_000_000, context:int=256,     # rows to look at; tokens in a window
-                   effects:int=128, explain:int=64,           # striking latents to intervene on, and to explain
-                   held_out:bool=False, seed:int=0,           # which side of the text; of the random contexts
-                   T:int=8, shard:int=64,                     # tokens to watch after an intervention; latents in a file
-                   progress=iter, **keep) -> Payload:         # wraps each of the loops; top, sample, before, after, … as in `Collector`
+def weights_of(sae):
+    "A digest of the weights of an SAE, or None for a dictionary that has none."
+    own = getattr(sae, "digest", None)
+    return own if isinstance(own, str) else None
+
+def write_features(sae, lm:LM, text:Text, site,
+                   folder,                  # where to write: a new one, an empty one, or one of features
+                   tokens:int=1_000_000,    # rows to look at
+                   context:int=256,         # tokens in a window
+                   effects:int=128,         # striking latents to intervene on
+                   explain:int=64,          # striking latents to explain
+                   held_out:bool=False,     # which side of the text
+                   seed:int=0,              # of documents and random contexts
+                   T:int=8,                 # tokens to watch after an intervention
+                   shard:int=64,            # latents in a file
+                   progress=iter,           # wraps each of the loops
+                   **keep                   # top, sample, before, after, … as in `Collector`
+                  ) -> Payload:
     "Collect, measure and write down what there is to know about all latents."
     import numpy as np
-    c = collect(sae, lm, text, site, tokens, context, held_out, progress=progress, seed=seed, **keep)
+    proved(folder)   # before anything takes long
+    tokens, context, T, shard, seed = (plain(x) for x in (tokens, context, T, shard, seed))
+    keep = {name: plain(value) for name, value in keep.items()}
+    check(T >= 1 and shard >= 1, f"T is {T} and shard is {shard}: each is at least 1")
+    c = collect(sae, lm, text, site, tokens, context, held_out, seed=seed, progress=progress, **keep)
     few, full = c.ids[:8].long(), exact(lm)
     rows = lm.read(few, site).float().flatten(0, 1)
     U = directions(sae, rows)
     try: why, told = explanations(sae, lm, text, site, c, striking(c, explain), context, progress=progress), {}
     except UserError as e: why, told = {}, {"not_explained": str(e)}   # the pass is done, and the rest stands without them
     measure = lambda f: with_effects(sae, full, site, c.ids, f, T=T)
+    made = dict(weights=weights_of(sae), model=lm.fingerprint, text=digest({"windows": c.ids}))
     about = dict(rows=c.rows, lm=lm.name, site=str(site), text=text.name, context=context, d=U.shape[1], k=getattr(getattr(sae, "cfg", None), "k", None), bin=c.hist.width, shard=shard,
-                 sources=dict(seed=seed, held_out=held_out, dtype=str(lm.dtype)[6:], T=T, effects=len(striking(c, effects)), explained=len(why), **told, **keep))
+                 sources=dict(seed=seed, held_out=held_out, dtype=str(lm.dtype)[6:], T=T, effects=len(striking(c, effects)), explained=len(why), documents=c.documents, left_out=c.left_out, **told, **keep))
     small = c.ids.numpy().astype(np.uint16 if int(c.ids.max()) < 2**16 else np.int32)
-    return write_payload(folder, about, _features(c, U, _direct(full, few, U.shape[1]), {*striking(c, effects)}, why, measure, progress),
-                         lambda folder: np.save(Path(folder) / "windows.npy", small))
+    np.save(file := BytesIO(), small)
+    found = _features(c, U, _direct(full, few, U.shape[1]), {*striking(c, effects)}, why, measure, progress)
+    return write_payload(folder, about | {"made_from": made}, found, {"windows.npy": file.getvalue()})
 
 # %% ../nbs/42_dossier.ipynb #44bd4c5a
 class Live:
     "A payload's model and SAE, ready to be asked."
     def __init__(self, sae, lm:LM, payload:Payload):
         self.sae, self.lm, self.payload, self.site = wrapped(sae, lm, payload.index["site"]), lm, payload, payload.index["site"]
-        self.words, self._exact = Words(lm.tokenizer), None
+        self.words, self._exact, self._ids = Words(lm.tokenizer), None, None
         check(self.sae.n == payload.n, f"the SAE has {self.sae.n} latents but the payload {payload.n}: give the SAE that it was made of")
+        payload.made_by(weights=weights_of(sae), model=lm.fingerprint)
 
     def effect_of(self, latent:int, **how) -> Feature:
         "A feature with effects, measured now; `how` as in `with_effects`."
         import numpy as np
         self._exact = self._exact or exact(self.lm)
-        try: ids = np.load(Path(self.payload.folder or "") / "windows.npy", mmap_mode="r")
-        except (OSError, ValueError) as e: raise UserError(f"the windows of the payload cannot be read ({reason(e)}): build it again") from None
-        return with_effects(self.sae, self._exact, self.site, ids, self.payload.feature(latent), **how)
+        if self._ids is None: self._ids = np.load(BytesIO(self.payload.file("windows.npy")), allow_pickle=False)
+        return with_effects(self.sae, self._exact, self.site, self._ids, self.payload.feature(latent), **how)
 
     def read(self, text:str) -> dict:
         "The tokens of a text and, for each, the active latents and their activations, the strongest first."
-        t, out = self.lm.tokenizer, dict(tokens=[], latents=[], values=[])
-        ids, first = t(text, add_special_tokens=False, verbose=False)["input_ids"], [i for i in (t.bos_token_id, t.cls_token_id) if i is not None][:1]
-        out["tokens"], size = self.words(ids), (self.payload.index["context"] or 256) - len(first)
+        check(isinstance(text, str), f"text is a {type(text).__name__}: give one string")
+        out = dict(tokens=[], latents=[], values=[])
+        if not text: return out
+        ids = self.lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        dot = self.lm.tokenizer(".", add_special_tokens=False, verbose=False)["input_ids"]
+        opening = self.lm.tokens(".")[0, :-len(dot)].tolist()   # every window of training begins so
+        out["tokens"], size = self.words(ids), (self.payload.index["context"] or 256) - len(opening)
         for part in (ids[i:i + size] for i in range(0, len(ids), size)):
-            code = self.sae.encode(self.lm.read(torch.tensor([first + part]), self.site)[0, len(first):].float())
+            code = self.sae.encode(self.lm.read(torch.tensor([opening + part]), self.site)[0, len(opening):].float())
             order = code.values.argsort(-1, descending=True)
-            for v, i in zip(code.values.gather(-1, order).tolist(), code.indices.gather(-1, order).tolist()):
-                out["values"].append([x for x in v if x > 0]); out["latents"].append([j for j, x in zip(i, v) if x > 0])
+            for values, latents in zip(code.values.gather(-1, order).tolist(), code.indices.gather(-1, order).tolist()):
+                out["values"].append([x for x in values if x > 0])
+                out["latents"].append([j for j, x in zip(latents, values) if x > 0])
         return out

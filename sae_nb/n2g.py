@@ -19,7 +19,8 @@ from torch import Tensor
 from .core import Table, check, generator
 from .lm import LM
 from .sae import Code, Dictionary
-from .text import Text, Windows, windows
+from .sampling import spread
+from .text import Text, Windows, Words
 
 # %% ../nbs/22_n2g.ipynb #5ddb4b35
 def neutral_token(tokenizer) -> int:
@@ -47,6 +48,7 @@ class Pattern:
 
     @property
     def back(self): return (*reversed(self.tokens), *[START] * self.start)
+    wild = property(lambda self: not self.start and all(t is None for t in self.tokens))   # ends everywhere
 
     def ends(self, text:Int[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
         "Where in `text` the pattern ends."
@@ -62,7 +64,7 @@ class Pattern:
 class Explanation:
     "A grammar for one latent: it is active where one of the patterns ends."
     patterns:tuple=()                         # each pattern once
-    counts:dict=field(default_factory=dict)   # examples built from, dropped, reserved, and foretold among the reserved
+    counts:dict=field(default_factory=dict)   # examples built from, dropped (no suffix, or wildcards only), reserved, and foretold among the reserved
     opening:int=None                          # token that opens a window and matches nothing
     words:dict=field(default_factory=dict)    # text of each token in the patterns
 
@@ -110,15 +112,21 @@ def wrapped(sae, lm:LM, site) -> Dictionary:
     "The dictionary `sae`, tried on two rows of `site`."
     return Dictionary(sae, lm.read(torch.zeros(1, 2, dtype=torch.long), site)[0].float())
 
-def coded(sae, lm:LM, text:Text, site, context:int, tokens:int, held_out:bool, batch:int=16, progress=iter) -> Iterator[Batch]:
-    "Read one side of `text` and encode it, `batch` windows at a time, as far as the window in which row `tokens` falls."
-    sae, rows, side = wrapped(sae, lm, site), 0, "held-out" if held_out else "training"
-    for w in progress(windows(text.documents(held_out), lm.tokenizer, context, batch)):
-        upto = rows + w.keep.sum(1).cumsum(0)
-        w, rows = w.take(range(len(w))[:int((upto < tokens).sum()) + 1]), int(upto[-1])
+def coded(sae, lm:LM, text:Text, site,
+          context:int,      # tokens a window
+          tokens:int,       # rows to read, rounded up to windows
+          held_out:bool,    # which side of the text
+          batch:int=16,     # windows to read at once
+          progress=iter,    # wraps the loop over batches
+          seed:int=0        # of the drawing of documents and windows
+         ) -> Iterator[Batch]:
+    "Encode windows drawn over all documents of one side of `text`."
+    for name, x in dict(tokens=tokens, batch=batch).items(): check(x >= 1, f"{name} is {x}: choose at least 1")
+    sae, seen, side = wrapped(sae, lm, site), 0, "held-out" if held_out else "training"
+    for w in progress(spread(text, lm.tokenizer, context, tokens, seed, held_out, batch)):
+        seen += len(w)
         yield Batch(w, sae.encode(lm.read(w.ids, site)[w.keep.to(lm.device)].float()))
-        if rows >= tokens: return
-    check(rows, f"text {text.name!r} has less than one window of {context} tokens on its {side} side: give more text or a shorter context")
+    check(seen, f"text {text.name!r} has less than one window of {context} tokens on its {side} side: give more text or a shorter context")
 
 def chosen(latents, n:int) -> Int[Tensor, "m"]:
     "Numbers of latents in order, checked to exist; None: all `n`."
@@ -156,15 +164,16 @@ def collect(sae,                  # anything with encode and decode
             tokens:int=262_144,   # rows of the training side to read
             per:int=32,           # examples of each latent to keep, at most
             latents=None,         # which latents; all by default
-            seed:int=0,           # of the lots
+            seed:int=0,           # of the windows and the lots
             span:int=16,          # tokens of each example to keep
             batch:int=16,         # windows to read at once
             progress=iter         # wraps the loop over batches
            ) -> Examples:
     "Draw up to `per` places where each latent is active."
+    check(per >= 1 and span >= 2, f"per is {per} and span {span}: keep at least 1 example of each latent, and 2 tokens of it")
     have, mine, names = None, chosen(latents, wrapped(sae, lm, site).n), ("latent", "ids", "value", "lot")
     opening = next((i for i in (lm.tokenizer.bos_token_id, lm.tokenizer.cls_token_id) if i is not None), None)
-    for i, b in enumerate(coded(sae, lm, text, site, context, tokens, False, batch, progress)):
+    for i, b in enumerate(coded(sae, lm, text, site, context, tokens, False, batch, progress, seed)):
         on = b.active()
         on = on.take(torch.isin(on.latent, mine))
         last = (on.at + (on.at // context + 1) * span)[:, None] + torch.arange(1 - span, 1)
@@ -237,16 +246,23 @@ def explain(sae, lm:LM, site, examples:Examples,
             **how           # longest, pad, released, progress as in `shorten`
            ) -> dict:
     "Explain latents by their examples: latent → `Explanation` (Neuron to Graph; paper §4.3)."
-    mine = chosen(latents, wrapped(sae, lm, site).n)
+    check(build >= 1, f"build is {build}: build from at least 1 example")
+    mine, words = chosen(latents, wrapped(sae, lm, site).n), Words(lm.tokenizer)
     examples = examples.take(torch.isin(examples.latent, mine))
     first, rest = examples.take(examples.rank() < build), examples.take(examples.rank() >= build)
     found, values, out = shorten(sae, lm, site, first, **how), {l: defaultdict(list) for l in mine.tolist()}, {}
     for i in found.length.nonzero()[:, 0].tolist():
         p = found.pattern(i)
-        values[first.latent[i].item()][p.tokens, p.start].append(p.value)
+        if p.wild: found.length[i] = 0
+        else: values[first.latent[i].item()][p.tokens, p.start].append(p.value)
     for l, own in values.items():
         patterns = tuple(Pattern(tokens, sum(v) / len(v), start) for (tokens, start), v in own.items())
         used, reserved = found.length[first.latent == l], rest.ids[rest.latent == l]
         counts = dict(built=len(used), dropped=int((used == 0).sum()), reserved=len(reserved), foretold=int((Explanation(patterns).predict(reserved)[:, -1:] > 0).sum()))
-        out[l] = Explanation(patterns, counts, examples.opening, {t: lm.tokenizer.decode([t]) for p in patterns for t in p.tokens if t is not None})
+        out[l] = Explanation(patterns, counts, examples.opening, {t: _spelled(t, words, lm.tokenizer) for p in patterns for t in p.tokens if t is not None})
     return out
+
+def _spelled(token, words, tokenizer):
+    "The text of one token; a part of a character as the tokenizer writes it."
+    text = words([token])[0]
+    return tokenizer.convert_ids_to_tokens(token) if "\ufffd" in text else text

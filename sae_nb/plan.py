@@ -8,6 +8,7 @@ __all__ = ['curves', 'Convergence', 'converged', 'converged_runs', 'envelope', '
 
 # %% ../nbs/31_plan.ipynb #a06d52c4
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .core import Estimate, Table, check
+from .scaling import column, runs_of
 
 # %% ../nbs/31_plan.ipynb #8020e67f
 def curves(table,          # rows with n, loss, and what `along` names; perhaps k, seed, subject, lr
@@ -22,12 +24,10 @@ def curves(table,          # rows with n, loss, and what `along` names; perhaps 
           ) -> dict:
     "The rows of each training, in order: (n, k, seed, subject, lr) → rows."
     found = {}
-    for i, r in enumerate(getattr(table, "rows", table), 1):
-        for name in ("n", along, "loss"):
-            v = r.get(name)
-            check(isinstance(v, (int, float, np.number)) and 0 < v < math.inf, f"row {i}: {name} is {v!r}, but a finite number above 0 was expected: correct that row or leave it out")
+    rows = runs_of(table)
+    for name in ("n", along, "loss"): column(rows, name)
+    for r in rows:
         found.setdefault(tuple(r.get(c) for c in ("n", "k", "seed", "subject", "lr")), []).append(r)
-    check(found, "the table has no rows: give one for each point of each training curve")
     return {key: sorted(c, key=lambda r: r[along]) for key, c in found.items()}
 
 # %% ../nbs/31_plan.ipynb #9f2c85ad
@@ -60,13 +60,31 @@ def converged_runs(table, within:float=.01) -> Table:
     return Table([{**next(r for r in c if r["tokens"] == at), "final": True} for c, at in ends if at])
 
 # %% ../nbs/31_plan.ipynb #d1b3da14
-def envelope(table) -> Table:
-    "Of training curves (rows with n, flops, loss) the points that no other training is below at the same compute."
-    found = list(curves(table, "flops").values())
+def envelope(table,               # training curves: rows with n, flops, loss
+             tolerance:float=.02  # sizes this near, as a share, are one curve where most sizes stand at a single point
+            ) -> Table:
+    "The points of training curves that no other training is below at the same compute."
+    rows = _sizes_joined(runs_of(table), tolerance)
+    found = list(curves(rows, "flops").values())
+    single = sum(len(c) == 1 for c in found)
+    if single > len(found) / 4:
+        warnings.warn(f"{single} of {len(found)} training curves have one point, and a point alone is always on the envelope: "
+                      "give the sizes n to fewer digits, or a larger tolerance", stacklevel=2)
     logs = [(np.log([r["flops"] for r in c]), [r["loss"] for r in c]) for c in found]
-    kept = [r for i, c in enumerate(found) for r in c
-            if all(r["loss"] <= np.interp(math.log(r["flops"]), *other, left=math.inf, right=math.inf) for j, other in enumerate(logs) if j != i)]
+    def lowest(i, r):
+        others = (np.interp(math.log(r["flops"]), *other, left=math.inf, right=math.inf) for j, other in enumerate(logs) if j != i)
+        return all(r["loss"] <= other for other in others)
+    kept = [r for i, c in enumerate(found) for r in c if lowest(i, r)]
     return Table(sorted(kept, key=lambda r: r["flops"]))
+
+def _sizes_joined(rows, tolerance):
+    "The rows with neighbouring sizes made one, if most sizes stand alone, as where points were read off a figure."
+    sizes = sorted(column(rows, "n"))
+    distinct = np.unique(sizes)
+    if len(distinct) <= len(rows) / 2: return rows
+    groups = np.split(distinct, np.flatnonzero(np.diff(np.log(distinct)) > tolerance) + 1)
+    middle = {n: float(np.exp(np.log(group).mean())) for group in groups for n in group}
+    return [r | {"n": middle[float(r["n"])]} for r in rows]
 
 # %% ../nbs/31_plan.ipynb #09055519
 def largest_stable(table,              # rows with n, lr and loss; the loss of a failed run may be nan

@@ -15,17 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .core import Estimate, Table, check, generator, short
-from .sae import Code, Dictionary, top_k
+from .sae import Code, Dictionary, finite_rows, top_k
+from .sampling import exact
 
 # %% ../nbs/24_refine.ipynb #aec3cdf8
 @torch.no_grad()
 def affine(dictionary:Dictionary, code:Code) -> Float[Tensor, "b 1+k d"]:
     "The row that zeros decode to, and what one unit of each active latent adds to it; a decoder that is not affine is a `UserError`."
-    decode = lambda v, i: dictionary.decode(replace(code, values=v, indices=i)).double()
+    decode = lambda v, i: exact(dictionary.decode(replace(code, values=v, indices=i)))
     probe = 32 * code.values.abs().amax(1, keepdim=True).clamp_min(1e-3)
     base, whole = decode(torch.zeros_like(probe), code.indices[:, :1]), decode(code.values, code.indices)
-    D = torch.stack([(decode(probe, i) - base) / probe for i in code.indices.split(1, 1)], 1)
-    off = (base + (code.values[:, None].double() @ D)[:, 0] - whole).norm() / whole.norm().clamp_min(1e-300)
+    D = torch.stack([(decode(probe, i) - base) / exact(probe) for i in code.indices.split(1, 1)], 1)
+    off = (base + (exact(code.values)[:, None] @ D)[:, 0] - whole).norm() / whole.norm().clamp_min(1e-300)
     check(off**2 <= torch.finfo(code.values.dtype).eps, f"{type(dictionary.sae).__name__} does not decode a sum of values to the sum of their rows: its values cannot be refined one by one")
     return torch.cat([base[:, None], D], 1)
 
@@ -37,7 +38,7 @@ def fit_values(D:Float[Tensor, "b k d"],      # directions of each row
                tol:float=1e-7                 # stop when no value moves the sum by more, relative to the length of `target`
               ) -> Float[Tensor, "b k"]:
     "Minimise the squared error of each row over its active values, by coordinate descent (paper §5.1)."
-    z, G = values.to(D.dtype).T.contiguous(), (D @ D.mT).permute(1, 2, 0).contiguous()
+    z, G = values.to(D).T.contiguous(), (D @ D.mT).permute(1, 2, 0).contiguous()
     slope, length = (G * z).sum(1) - (D @ target[..., None])[..., 0].T, G.diagonal().T.sqrt()
     curve, low = torch.where((z == 0) | (length == 0), torch.inf, length.square()), torch.where(z < 0, -torch.inf, 0.).to(z)
     for _ in range(steps):
@@ -68,7 +69,7 @@ class Refined:
     kkt:float                       # largest pull that is left; 0: at the minimum
 
     @property   # for each row the sums of refined · original and of original²
-    def parts(self) -> Float[Tensor, "b 2"]: return torch.stack([self.code.values.double() * self.original, self.original.double().square()]).sum(-1).T
+    def parts(self) -> Float[Tensor, "b 2"]: return torch.stack([exact(self.code.values) * exact(self.original), exact(self.original).square()]).sum(-1).T
 
     @property
     def shrinkage(self):
@@ -85,11 +86,10 @@ class Refined:
 
 # %% ../nbs/24_refine.ipynb #9b956113
 def _opened(sae, rows):
-    check(rows.ndim == 2 and len(rows) and rows.isfinite().all(), f"rows have shape {tuple(rows.shape)} or hold NaN or infinity: give a finite vector a row, at least one")
-    return Dictionary(sae, rows[:1].repeat(2, 1))
+    return Dictionary(sae, finite_rows(rows)[:1].repeat(2, 1))
 
-def _errors(dictionary, rows, code): return (rows.double() - dictionary.decode(code)).square().sum(-1)
-def _spread(rows): return (rows.double() - rows.double().mean(0)).square().sum(-1)
+def _errors(dictionary, rows, code): return (exact(rows) - exact(dictionary.decode(code))).square().sum(-1)
+def _spread(rows): return (exact(rows) - exact(rows).mean(0)).square().sum(-1)
 
 @torch.no_grad()
 def refine(sae,                         # anything with encode(rows) and decode(code)
@@ -103,11 +103,12 @@ def refine(sae,                         # anything with encode(rows) and decode(
     for part, values, indices in zip(*(t.split(portion) for t in (rows, code.values, code.indices))):
         own = code if len(part) == len(rows) else dictionary.encode(part)
         base, D = affine(dictionary, replace(own, values=values, indices=indices)).tensor_split([1], 1)
-        new.append(fit_values(D, part - base[:, 0], values, steps))
-        worst = max(worst, kkt(D, part - base[:, 0], new[-1], values))
+        target = exact(part) - base[:, 0]
+        new.append(fit_values(D, target, values, steps))
+        worst = max(worst, kkt(D, target, new[-1], exact(values)))
     new = torch.cat(new).to(code.values)
     before, after = (_errors(dictionary, rows, c) for c in (code, replace(code, values=new)))
-    new = torch.where((after < before)[:, None], new, code.values)
+    new = torch.where((after < before).to(new.device)[:, None], new, code.values)
     return Refined(replace(code, values=new), code.values, before, torch.minimum(before, after), _spread(rows), worst)
 
 # %% ../nbs/24_refine.ipynb #da7bba9d
@@ -122,7 +123,7 @@ def shrinkage(sae,                         # anything with encode(rows) and deco
               seed:int=0                   # of the bootstrap
              ) -> Estimate:
     "Measure by which share active values must grow to fit their rows best; 0: not shrunk (paper §5.1)."
-    done = [refine(sae, part) for part in rows.split(2048)]
+    done = [refine(sae, part) for part in finite_rows(rows).split(2048)]
     parts, made_of = _units(torch.cat([r.parts for r in done]), unit), dict(rows=len(rows), unit=unit, kkt=max(r.kkt for r in done))
     nulls = {name: shrinkage(s, rows, unit).value for name, s in (nulls or {}).items()}
     if not parts[:, 1].any(): return Estimate.missing("no latent is active in these rows, so there is no value to refine", nulls, **made_of)
@@ -242,6 +243,7 @@ def fit_threshold(sae,                         # anything with encode(rows) and 
                   l0:float                     # latents active in a row, on average
                  ) -> float:
     "Find the threshold above which `l0` latents a row are on."
+    rows = finite_rows(rows)
     check(math.isfinite(l0) and l0 * len(rows) >= 1, f"l0 is {l0}: give a number above 0, with at least one active latent in all rows together")
     wanted, floor, best = round(l0 * len(rows)), 0., rows.new_zeros(0)
     for _, size in Swap(sae).candidates(_opened(sae, rows), rows):

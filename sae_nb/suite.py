@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MEANING', 'LOWER', 'HIGHER', 'SUITES', 'STAGES', 'Evaluation', 'Amounts', 'Subject', 'random_sae', 'reconstruction',
-           'probing', 'explaining', 'ablating', 'refining', 'evaluate', 'subject']
+           'probing', 'explaining', 'ablating', 'refining', 'made_of', 'evaluate', 'subject']
 
 # %% ../nbs/29_suite.ipynb #ce6af944
-import json, math, time
+import math, time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -19,28 +19,33 @@ from torch import Tensor
 
 from .ablate import ablation_sparsity
 from .compute import compute_equivalent
-from .core import Config, Estimate, Table, UserError, check, generator, read_json, setting, short, write_atomic
+from .core import Config, Estimate, Table, UserError, as_path, check, digest, generator, read_json, setting, short, to_json, write_json
 from .lm import LM, load_lm, packaged_lms, training_curve
 from .metrics import splice, windows_at_once
 from .n2g import collect, explain
 from .probes import dense_probe, joined, probe
 from .refine import progressive, shrinkage
 from .sae import SAE, Channels, Dictionary, SAEConfig, init_
-from .simulate import Bigram, Peaks, explanation_loss, score
+from .sampling import drawn, norm_limit, usual
+from .simulate import Peaks, explanation_loss, followers, score
 from .tasks import code_tasks
-from .text import Text, load_text, windows
+from .text import Text, load_text
 
 # %% ../nbs/29_suite.ipynb #fc071f60
 MEANING = dict(
-    nmse="squared error over that of the mean row", ce_increase="loss with the reconstruction in place, less the model's own (nats a token)",
+    nmse="squared error over that of the mean row", nmse_normalised="the same in the units that the SAE sees", ce_increase="loss with the reconstruction in place, less the model's own (nats a token)",
     ce_recovered="share of the loss between zero and clean that is won back", kl="KL(clean ‖ spliced), nats a token",
-    compute_equivalent="share of the subject's pretraining compute with the spliced model's loss", l0="active latents a row", dead_fraction="share of latents never active",
-    probe_loss="best single latent for each task, mean held-out loss (nats)", n2g_precision="n-gram explanations: right when they foretell",
-    n2g_recall="n-gram explanations: activations foretold", n2g_f1="harmonic mean of both", explanation_ce="loss with explanations in the code's place (nats a token)",
-    ablation_sparsity="share of the logits that one latent's removal moves", shrinkage="how much active values must grow to fit best",
+    compute_equivalent="share of the subject's pretraining compute with the spliced model's loss, by its family's hull",
+    compute_equivalent_own="the same along the subject's own training curve", l0="active latents a row",
+    dead_fraction="share of latents never active in the rows read", dead_limit="share of latents expected to stay silent for ever, at most",
+    probe_loss="best single latent for each task, mean held-out loss (nats)", n2g_precision="n-gram explanations: right when they foretell, mean over latents; those that foretell nothing are left out",
+    n2g_recall="n-gram explanations: activations foretold, mean over latents; those never active are left out", n2g_f1="harmonic mean of both, latents as in recall",
+    n2g_pooled_precision="right when they foretell, all latents counted together", n2g_pooled_recall="activations foretold, all latents counted together", explanation_ce="loss with explanations in the code's place (nats a token)",
+    ablation_sparsity="share of the logits that one latent's removal at one token moves: mostly how long an effect lasts",
+    ablation_everywhere="the same, the latent removed at every token watched", shrinkage="how much active values must grow to fit best",
     progressive="explained variance when codes are cut, mean over log k′")
-LOWER = {"nmse", "ce_increase", "kl", "dead_fraction", "probe_loss", "explanation_ce", "ablation_sparsity"}   # where lower is better
-HIGHER = {"ce_recovered", "compute_equivalent", "n2g_precision", "n2g_recall", "n2g_f1", "progressive"}
+LOWER = {"nmse", "nmse_normalised", "ce_increase", "kl", "dead_fraction", "dead_limit", "probe_loss", "explanation_ce", "ablation_sparsity", "ablation_everywhere"}   # where lower is better
+HIGHER = {"ce_recovered", "compute_equivalent", "compute_equivalent_own", "n2g_precision", "n2g_recall", "n2g_f1", "n2g_pooled_precision", "n2g_pooled_recall", "progressive"}
 
 # %% ../nbs/29_suite.ipynb #f3331bd6
 @dataclass(frozen=True, repr=False)
@@ -53,23 +58,30 @@ class Evaluation:
     def table(self) -> Table:
         "A row for each measure."
         nulls = lambda e: ", ".join(f"{n} {short(v)}" for n, v in e.nulls.items() if v is not None)
-        row = lambda name, e: {"measure": name, "value": e.value, "low": e.low, "high": e.high, "beside": nulls(e), "meaning": e.settings.get("missing") or MEANING[name]}
+        units = lambda e: f"{e.settings['units']:,} {e.settings.get('unit', '')}" if isinstance(e.settings.get("unit"), str) and "units" in e.settings else ""
+        row = lambda name, e: {"measure": name, "value": e.value, "low": e.low, "high": e.high, "interval over": units(e), "beside": nulls(e),
+                               "meaning": e.settings.get("missing") or MEANING.get(name, "")}
         return Table([row(n, e) for n, e in self.metrics.items()])
 
     def __repr__(self): return repr(self.table())
     def _repr_markdown_(self): return self.table()._repr_markdown_()
 
     def save(self, path):
-        "Write the evaluation as JSON."
-        found = {"settings": self.settings, "metrics": {n: e.to_dict() for n, e in self.metrics.items()}, "seconds": {n: round(s, 1) for n, s in self.seconds.items()}}
-        write_atomic(path, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        "Write the evaluation as strict JSON, with its own digest."
+        seconds = {n: round(s, 1) for n, s in self.seconds.items()}
+        found = {"settings": self.settings, "metrics": {n: e.to_dict() for n, e in self.metrics.items()}, "seconds": seconds}
+        write_json(path, found | {"digest": digest(to_json(found))})
 
     @classmethod
     def load(cls, path):
         "Read an evaluation, or say in a sentence what is wrong with the file."
         found = read_json(path)
+        mark = found.pop("digest", None)
+        check({"settings", "metrics", "seconds"} <= set(found), f"{path} is no evaluation, or a damaged one: measure again, or give another file")
+        check(mark, f"{path} has no digest, as evaluations of earlier versions: measure again, or give another file")
+        check(mark == digest(to_json(found)), f"{path} is damaged, its content does not fit its digest: remove it and measure again")
         try: return cls({n: Estimate(**e) for n, e in found["metrics"].items()}, found["settings"], found["seconds"])
-        except (KeyError, TypeError, AttributeError): raise UserError(f"{path} is no evaluation, or a damaged one: measure again") from None
+        except (TypeError, AttributeError): raise UserError(f"{path} is no evaluation, or a damaged one: measure again") from None
 
 # %% ../nbs/29_suite.ipynb #f6ba4c3c
 @dataclass(frozen=True)
@@ -83,13 +95,17 @@ class Amounts(Config):
     longest:int = setting(4, "tokens of an explanation, at most")
     scored:int = setting(8_192, "held-out rows on which explanations are scored, and put in the code's place")
     rescaled:int = setting(16_384, "training rows on which foretold activations are rescaled")
-    bigrams:int = setting(500_000, "training tokens from which the bigram baseline counts")
     compared:int = setting(64, "latents of each null that are explained")
     positions:int = setting(8, "tokens at which latents are ablated")
     refined:int = setting(2_048, "held-out rows whose values are refined and whose codes are cut")
 
+    def validate(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            check(value >= 1, f"{f.name} is {value}: choose at least 1 ({f.metadata['help']})")
+
 SUITES = {"quick": Amounts(),
-          "full": Amounts(tokens=200_000, downstream=65_536, probe_rows=50_000, examples=262_144, build=16, longest=8, scored=65_536, rescaled=65_536, bigrams=4_000_000, compared=512, positions=64, refined=16_384)}
+          "full": Amounts(tokens=200_000, downstream=65_536, probe_rows=50_000, examples=262_144, build=16, longest=8, scored=65_536, rescaled=65_536, compared=512, positions=64, refined=16_384)}
 
 # %% ../nbs/29_suite.ipynb #eba4ace0
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ class Subject:
     context:int          # tokens a window
     size:Amounts
     seed:int
+    limit:float          # rows of a larger norm are left out
     curves:dict          # name of a model -> (compute, loss) points of its training; the subject's own first
     tasks:list           # of `probes.Tasks`; none: the code tasks
     progress:Callable    # progress(what, loop, turns) wraps a long loop
@@ -112,12 +129,11 @@ class Subject:
         return lambda loop: self.progress(what, loop, math.ceil(rows / (windows * self.context)) if rows else len(loop) if hasattr(loop, "__len__") else None)
 
     def rows(self, held_out:bool, count:int) -> Float[Tensor, "b d"]:
-        "The first `count` rows of one side of the text, in reading order."
-        found, have = [], 0
-        for w in windows(self.text.documents(held_out), self.lm.tokenizer, self.context, max(1, 4096 // self.context)):
-            found.append(self.lm.read(w.ids, self.site)[w.keep.to(self.lm.device)].float()); have += len(found[-1])
-            if have >= count: break
-        check(found, f"text {self.text.name!r} has less than one window of {self.context} tokens on one of its sides: give more text or a shorter context")
+        "So many rows of one side of the text, of windows drawn over all of its documents."
+        found = []
+        for w in drawn(self.text, self.lm, self.context, count, self.seed, held_out).split(max(1, 4096 // self.context)):
+            x = self.lm.read(w.ids, self.site)
+            found.append(x[usual(x, w, self.limit).keep.to(x.device)].float())
         return torch.cat(found)[:count]
 
 def random_sae(sae:Dictionary, rows:Float[Tensor, "b d"], seed:int) -> SAE:
@@ -131,23 +147,35 @@ def random_sae(sae:Dictionary, rows:Float[Tensor, "b d"], seed:int) -> SAE:
 def reconstruction(s:Subject) -> dict:
     "Squared error, sparsity, downstream loss, and what it is worth in compute."
     watch = s.watch("reconstruction", s.size.tokens, windows_at_once(s.lm, s.context))
-    seen = splice(s.sae, s.lm, s.text, s.site, s.context, s.size.tokens, s.size.downstream, s.null, progress=watch)
-    mine, other, about = seen.sums["sae"], seen.sums["null"], dict(seed=s.seed, context=s.context)
-    down = about | dict(tokens=int(seen.counts.sum()))
+    seen = splice(s.sae, s.lm, s.text, s.site, s.context, s.size.tokens, s.size.downstream, s.null, progress=watch, seed=s.seed, limit=s.limit)
+    mine, other, about = seen.sums["sae"], seen.sums["null"], seen.settings
+    down = about | dict(tokens=int(seen.counts.sum()), documents=len(set(seen.docs)))
     worse = {"untrained": seen.against("null").value, "mean row": seen.against("mean").value, "zero": seen.against("zero").value}
     increase = seen.against("sae", nulls=worse, **down)
     own, *family = s.curves.values() or [None]
+    unknown = Estimate.missing(f"no training curve of {s.lm.name} is known: give its points with `curves`")
+    equivalent = lambda by: compute_equivalent(increase, own, family, worse, by) if own else unknown
+    recovered = {"untrained": seen.recovered("null").value, "mean row": seen.recovered("mean").value}
+    normed = mine.normed.estimate(nulls={"untrained": other.nmse_normalised}, **about)
     return dict(
-        nmse=mine.estimate(nulls={"untrained": other.nmse, "mean row": 1.}, tokens=mine.rows, **about), ce_increase=increase,
-        ce_recovered=seen.recovered(nulls={"untrained": seen.recovered("null").value, "mean row": seen.recovered("mean").value}, against_mean=seen.recovered("sae", "mean").value, **down),
+        nmse=mine.estimate(nulls={"untrained": other.nmse, "mean row": 1.}, **about),
+        nmse_normalised=normed if mine.normed.rows else Estimate.missing("this dictionary does not say how it normalises its rows"),
+        ce_increase=increase, ce_recovered=seen.recovered(nulls=recovered, against_mean=seen.recovered("sae", "mean").value, **down),
         kl=seen.divergence(nulls={"untrained": seen.divergence("null").value}, **down),
-        compute_equivalent=compute_equivalent(increase, own, family, worse) if own else Estimate.missing(f"no training curve of {s.lm.name} is known: give its points with `curves`"),
-        l0=Estimate(mine.l0, nulls={"untrained": other.l0}, settings=dict(tokens=mine.rows)), dead_fraction=Estimate(mine.dead, nulls={"untrained": other.dead}, settings=dict(tokens=mine.rows)))
+        compute_equivalent=equivalent("family"), compute_equivalent_own=equivalent("own"),
+        l0=Estimate(mine.l0, nulls={"untrained": other.l0}, settings=about), **_silence(mine, other, about))
+
+def _silence(mine, other, about):
+    "The share of silent latents, with the rows that it belongs to, and what is expected of many more."
+    by_rows = {"silent_by_rows": {str(n): x for n, x in mine.silent().items()}}
+    limit = Estimate(mine.dead_limit, nulls={"untrained": other.dead_limit}, settings=about)
+    return dict(dead_fraction=Estimate(mine.dead, nulls={"untrained": other.dead}, settings=about | by_rows),
+                dead_limit=limit if mine.dead_limit is not None else Estimate.missing("all rows come from one document", **about))
 
 # %% ../nbs/29_suite.ipynb #ab79a440
 def probing(s:Subject) -> dict:
     "The best single latent for each task, beside channels, an untrained SAE, shuffled answers and all channels together."
-    tasks = s.tasks or [code_tasks(s.lm, s.text, s.site, min(128, s.context), s.size.probe_rows)]
+    tasks = s.tasks or [code_tasks(s.lm, s.text, s.site, min(128, s.context), s.size.probe_rows, seed=s.seed, limit=s.limit)]
     best = lambda sae, name, shuffled=False: joined([probe(sae, t.shuffled(s.seed) if shuffled else t, s.seed, progress=s.watch(f"probes, {name}")) for t in tasks])
     mine, nulls = best(s.sae, "SAE"), {"untrained": best(s.null, "untrained"), "channels": best(Channels(), "channels"), "shuffled": best(s.sae, "shuffled", True)}
     nulls["all channels"] = joined([dense_probe(t, s.seed) for t in tasks])
@@ -167,16 +195,18 @@ def explaining(s:Subject) -> dict:
     nulls = {"untrained": judged(s.null, explained(s.null, "untrained", some)), "channels": judged(peaks, explained(peaks, "channels"))}
     mine = explained(s.sae, "SAE")
     figures = judged(s.sae, mine, nulls)
-    baseline = Bigram.fit(s.text, s.lm.tokenizer, s.context, size.bigrams)
-    loss = explanation_loss(s.sae, s.lm, s.text, s.site, mine, s.context, size.scored, size.rescaled, baseline, s.seed, progress=s.watch("explanations: spliced", size.scored, 4))
-    return dict(n2g_precision=figures.precision, n2g_recall=figures.recall, n2g_f1=figures.f1, explanation_ce=loss)
+    tables = followers(s.text, s.lm.tokenizer, s.context, size.examples + size.rescaled, s.seed)   # as much text as explanations see
+    loss = explanation_loss(s.sae, s.lm, s.text, s.site, mine, s.context, size.scored, size.rescaled, tables, s.seed, progress=s.watch("explanations: spliced", size.scored, 4))
+    pooled = dict(n2g_pooled_precision=figures.pooled["precision"], n2g_pooled_recall=figures.pooled["recall"])
+    return dict(n2g_precision=figures.precision, n2g_recall=figures.recall, n2g_f1=figures.f1, **pooled, explanation_ce=loss)
 
 # %% ../nbs/29_suite.ipynb #dd61449f
 def ablating(s:Subject) -> dict:
     "How few logits one latent moves."
     exact = s.lm if s.lm.dtype == torch.float32 else LM(deepcopy(s.lm.model).float(), s.lm.tokenizer, s.lm.name)   # rounding is larger than most effects
-    return dict(ablation_sparsity=ablation_sparsity(s.sae, exact, s.text, s.site, context=min(128, s.context), positions=s.size.positions,
-                                                    T=min(16, s.context - 1), seed=s.seed, null=s.null, progress=s.watch("ablations")))
+    how = dict(context=min(128, s.context), positions=s.size.positions, T=min(16, s.context - 1), seed=s.seed, null=s.null)
+    one, every = (ablation_sparsity(s.sae, exact, s.text, s.site, everywhere=e, progress=s.watch("ablations"), **how) for e in (False, True))
+    return dict(ablation_sparsity=one, ablation_everywhere=every)
 
 def refining(s:Subject) -> dict:
     "How far values are shrunk, and how much codes lose that are cut."
@@ -184,10 +214,31 @@ def refining(s:Subject) -> dict:
     cut = {n: progressive(d, rows, ks, s.context, shuffled, s.seed) for n, d, shuffled in (("mine", s.sae, False), ("untrained", s.null, False), ("any order", s.sae, True))}
     return dict(shrinkage=shrinkage(s.sae, rows, s.context, {"untrained": s.null}, s.seed), progressive=cut.pop("mine").estimate(**cut))
 
-STAGES = {reconstruction: ("nmse", "ce_increase", "ce_recovered", "kl", "compute_equivalent", "l0", "dead_fraction"), probing: ("probe_loss",),
-          explaining: ("n2g_precision", "n2g_recall", "n2g_f1", "explanation_ce"), ablating: ("ablation_sparsity",), refining: ("shrinkage", "progressive")}
+STAGES = {reconstruction: ("nmse", "nmse_normalised", "ce_increase", "ce_recovered", "kl", "compute_equivalent", "compute_equivalent_own", "l0", "dead_fraction", "dead_limit"),
+          probing: ("probe_loss",),
+          explaining: ("n2g_precision", "n2g_recall", "n2g_f1", "n2g_pooled_precision", "n2g_pooled_recall", "explanation_ce"), ablating: ("ablation_sparsity", "ablation_everywhere"), refining: ("shrinkage", "progressive")}
 
 # %% ../nbs/29_suite.ipynb #fc99090e
+def made_of(sae, s:Subject, curves, tasks) -> dict:
+    "Digests of all that the figures of an evaluation depend on, beside its settings."
+    own = getattr(sae, "digest", None)
+    kept = getattr(s.text, "fingerprint", None) or digest(*(part for d in islice(s.text.read(), 20_000) for part in (d.name, d.text)))
+    weights = lambda module: {n: t.detach().cpu() for n, t in module.state_dict().items()}
+    given = [{"names": t.names, "rows": t.rows.cpu(), "labels": t.labels.cpu(), "group": t.group.cpu()} for t in tasks]
+    return dict(weights=own if isinstance(own, str) else _behaviour(sae, s), text_digest=kept, model=getattr(s.lm, "fingerprint", None) or digest(weights(s.lm.model)),
+                curves=digest(curves or {}), tasks=digest(*given))
+
+def _behaviour(sae, s):
+    "A digest of the tensors of an object of any kind, and of what it does to a few rows."
+    named = {**vars(sae), **(sae.state_dict() if isinstance(sae, torch.nn.Module) else {})} if hasattr(sae, "__dict__") else {}
+    tensors = {str(n): t.detach().cpu() for n, t in named.items() if isinstance(t, Tensor)}
+    rows = s.rows(True, 64)
+    dictionary = Dictionary(sae, rows)
+    code = dictionary.encode(rows)
+    seen = {"values": code.values, "places": code.indices, "back": dictionary.decode(code)}
+    return digest(type(sae).__name__, tensors, {n: t.detach().cpu() for n, t in seen.items()})
+
+# %% ../nbs/29_suite.ipynb #94e7c04e
 def evaluate(sae,                      # anything with encode(rows) and decode(code)
              lm,                       # an `LM`, or a name or folder to load
              text="pylib",             # a `Text`, or a name, file or folder to load
@@ -202,10 +253,12 @@ def evaluate(sae,                      # anything with encode(rows) and decode(c
             ) -> Evaluation:
     "Measure `sae` in every way of the paper."
     s = subject(sae, lm, text, site, suite, context, seed, curves, tasks, progress)
-    settings = dict(suite=suite if isinstance(suite, str) else "own", **s.size.to_dict(), lm=s.lm.name, site=s.site, text=s.text.name, context=s.context, seed=seed, latents=s.sae.n,
+    settings = dict(made_of(sae, s, curves, tasks), suite=suite if isinstance(suite, str) else "own", **s.size.to_dict(), lm=s.lm.name, site=s.site, text=s.text.name, context=s.context, seed=seed, latents=s.sae.n,
                     dtype=str(s.lm.dtype).removeprefix("torch."), device=s.lm.device.type, torch=torch.__version__)
     done = Evaluation({}, settings, {})
-    if keep and Path(keep).exists() and (old := Evaluation.load(keep)).settings == settings: done = old
+    if keep and as_path(keep).exists():
+        old = Evaluation.load(keep)
+        if to_json(old.settings) == to_json(settings): done = old
     for stage, names in STAGES.items():
         if stage.__name__ in done.seconds: continue
         start = time.perf_counter()
@@ -225,7 +278,8 @@ def subject(sae, lm, text, site, suite, context, seed, curves, tasks, progress) 
     context = context or min(getattr(cfg, "context", 0) or 256, longest)
     check(2 < context <= longest, f"context is {context}: choose from 3 to the {longest} tokens that {lm.name} reads")
     known = {m: [(p["flops"], p["loss"]) for p in training_curve(m)["curve"]] for m in (lm.name, *packaged_lms())} if lm.name in packaged_lms() else {}
-    bare = Subject(None, None, lm, text, site, context, suite if isinstance(suite, Amounts) else SUITES[suite], seed, curves or known, list(tasks), progress)
+    limit = norm_limit(lm, text, site, context)
+    bare = Subject(None, None, lm, text, site, context, suite if isinstance(suite, Amounts) else SUITES[suite], seed, limit, curves or known, list(tasks), progress)
     rows = bare.rows(True, 8_192)
     mine = Dictionary(sae, rows)
     return replace(bare, sae=mine, null=random_sae(mine, bare.rows(False, 8_192), seed))

@@ -6,16 +6,17 @@
 __all__ = ['SHARED', 'grid', 'Progress', 'side_by_side', 'flops_per_row', 'sweep_rows', 'write_table', 'sweep', 'is_done']
 
 # %% ../nbs/14_sweep.ipynb #cca404ff
-import csv, io
+import csv, io, os, re, threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product, tee
 from pathlib import Path
 
 from .acts import Block
-from .core import Table, check, read_json, write_atomic
+from .core import Table, as_path, check, digest, plain, read_json, same, write_atomic
 from .lm import LM, load_lm, packaged_lms, training_curve
-from .runs import RunConfig, Source, read_steps, run
+from .runs import RunConfig, Source, made_of, read_steps, run
+from .text import load_text
 from .train import Step
 
 # %% ../nbs/14_sweep.ipynb #89a55d54
@@ -27,20 +28,32 @@ def grid(base:RunConfig,  # what all runs have in common
     for name, values in lists.items():
         check(name in known, f"{name} is no setting of a run: known are {', '.join(sorted(known))}")
         check(len(values) and len(set(values)) == len(values), f"{name} has the values {list(values)}: give each once, at least one")
-    short = lambda v: str(v).replace("/", "_").replace("pylib-", "")
-    label = lambda chosen: "-".join(f"{name.replace('_', '')}{short(v)}" for name, v in chosen.items()) or "run"
-    chosen = [dict(zip(lists, values)) for values in product(*lists.values())]
-    return {label(c): replace(base, **c) for c in chosen}
+    runs = {}
+    for values in product(*lists.values()):
+        chosen = dict(zip(lists, values))
+        label = "-".join(name.replace("_", "") + _label(value) for name, value in chosen.items()) or "run"
+        check(label not in runs, f"two runs would be kept in the folder {label}: give values that differ in more than capitals or number format")
+        runs[label] = replace(base, **chosen)
+    return runs
+
+def _label(value) -> str:
+    "A value as a part of a folder's name; no two values give the same."
+    if not isinstance(value, (str, os.PathLike)): return str(plain(value))
+    value = os.fspath(value)
+    if value in packaged_lms(): return value.removeprefix("pylib-")
+    plain_name = re.sub(r"[^\w.]+", "_", os.path.basename(value.rstrip("/")) or value)
+    return plain_name if plain_name == value and not value.isdigit() else f"{plain_name}_{digest(value)[:6]}"
 
 # %% ../nbs/14_sweep.ipynb #2014b15c
 def _remembered(blocks:Iterator[Block]) -> Iterator[Block]:
-    "The same blocks, of which the last two that were read are kept."
-    kept = {}
+    "The same blocks, of which the last two that were read are kept; threads that read ahead take turns."
+    kept, turn = {}, threading.Lock()
     def read(number, block):
-        if number not in kept:
-            for old in sorted(kept)[:-1]: del kept[old]
-            kept[number] = block.read()
-        return kept[number]
+        with turn:
+            if number not in kept:
+                for old in sorted(kept)[:-1]: del kept[old]
+                kept[number] = block.read()
+            return kept[number]
     for number, block in enumerate(blocks):
         yield replace(block, read=lambda number=number, block=block: read(number, block))
 
@@ -62,7 +75,7 @@ def side_by_side(runs:dict,             # name -> settings, all on the same data
     first = next(iter(runs.values()))
     source = Source.of(first, lm)
     taps = tee(_remembered(source.blocks), len(runs))
-    loops = {name: run(cfg, Path(folder) / name, True, every=every, source=replace(source, blocks=tap)) for (name, cfg), tap in zip(runs.items(), taps)}
+    loops = {name: run(cfg, as_path(folder) / name, True, every=every, source=replace(source, blocks=tap)) for (name, cfg), tap in zip(runs.items(), taps)}
     seen = dict.fromkeys(loops, -1)
     try:
         while loops:
@@ -81,9 +94,9 @@ def flops_per_row(n:int, d:int) -> int:
 def sweep_rows(folder, runs:dict=None) -> list:
     "A dictionary for each finished run below `folder` and each time it was looked at; the last one of a run is `final`."
     out = []
-    for path in sorted(Path(folder).rglob("config.json")):
+    for path in sorted(as_path(folder).rglob("config.json"), key=_in_order):
         found, name = read_json(path), path.parent.name
-        if "run" not in found or not (path.parent / "sae.safetensors").exists() or (runs is not None and name not in runs): continue
+        if not isinstance(found.get("run"), dict) or not (path.parent / "sae.safetensors").exists() or (runs is not None and name not in runs): continue
         cfg, d, spent, own = found["run"], found["d"], 0., []
         subject = training_curve(cfg["lm"])["parameters"] if cfg["lm"] in packaged_lms() else None
         for s in read_steps(path.parent):
@@ -94,13 +107,17 @@ def sweep_rows(folder, runs:dict=None) -> list:
         out += [*own[:-1], *(r | {"final": True} for r in own[-1:])]
     return out
 
+def _in_order(path) -> list:
+    "A key that sorts names by the numbers in them: n512 before n1024."
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
 def write_table(folder, runs:dict=None) -> Table:
     "Write `runs.csv` into `folder`, and show the final lines."
     rows, text = sweep_rows(folder, runs), io.StringIO()
     check(rows, f"{folder} holds no finished run: train some first")
     out = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     out.writeheader(); out.writerows(rows)
-    write_atomic(Path(folder) / "runs.csv", text.getvalue())
+    write_atomic(as_path(folder) / "runs.csv", text.getvalue())
     return Table([{k: r[k] for k in ("run", "n", "k", "tokens", "flops", "loss", "dead")} for r in rows if r["final"]])
 
 # %% ../nbs/14_sweep.ipynb #bff6258b
@@ -114,19 +131,29 @@ def sweep(runs:dict,            # name -> settings, from `grid`
     "Train what is not there yet, and yield each step. Call it again after an interruption: it goes on."
     check(together >= 1, f"together is {together}: train at least one run at a time")
     check(runs, "the sweep has no runs: give at least one value for each setting")
-    folder, groups = Path(folder), {}
+    folder, groups = as_path(folder), {}
     finished = {name for name, cfg in runs.items() if is_done(folder / name, cfg)}
     done = {name: cfg.tokens if name in finished else max((s["tokens"] for s in read_steps(folder / name)), default=0) for name, cfg in runs.items()}
+    alike = lambda name: (runs[name].lm, runs[name].text)
     for name, cfg in runs.items():
         if name not in finished: groups.setdefault(tuple(getattr(cfg, f) for f in SHARED), []).append(name)
     total = sum(cfg.tokens for cfg in runs.values())
     for names in groups.values():
         lm = load_lm(runs[names[0]].lm, runs[names[0]].device, runs[names[0]].dtype)
+        _same_data(folder, [name for name in finished if alike(name) == alike(names[0])], lm, runs)
         for i in range(0, len(names), together):
             for name, step in side_by_side({n: runs[n] for n in names[i:i + together]}, folder, lm, every):
                 done[name] = step.tokens
                 yield Progress(name, step, sum(done.values()), total)
     write_table(folder, runs)
+
+def _same_data(folder, finished, lm, runs):
+    "Raise a `UserError` when a finished run of this model and text was made from others of that name."
+    if not finished: return
+    now = made_of(lm, load_text(runs[finished[0]].text))
+    for name in finished:
+        kept = read_json(folder / name / "config.json").get("made of")
+        if kept: same(f"what {folder / name} was trained on", now, kept, "put it back, or sweep into another folder")
 
 def is_done(folder, cfg) -> bool:
     "Is the run in `folder` finished? A run with other settings there is a `UserError`."

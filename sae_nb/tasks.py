@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'AFTER', 'PARTS', 'LINES', 'OTHER', 'CODE_TASKS', 'HUB', 'de
            'code_labels', 'code_tasks', 'table_tasks', 'hub_tasks']
 
 # %% ../nbs/26_tasks.ipynb #f6e9df02
-import ast, builtins, io, re, tokenize, warnings
+import ast, builtins, io, math, random, re, tokenize, warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -21,6 +21,7 @@ from .acts import read_rows
 from .core import UserError, check, reason
 from .lm import LM
 from .probes import Tasks
+from .sampling import norm_limit
 from .text import Text, Windows
 
 # %% ../nbs/26_tasks.ipynb #443180a1
@@ -134,30 +135,52 @@ def code_tasks(lm:LM,
                tokens:int=50_000,    # rows to read, fewer when the text has fewer
                held_out:bool=True,   # which side of the text
                each:int=8,           # windows a document, at most
-               progress=iter         # wraps the loop over documents
+               progress=iter,        # wraps the loop over documents
+               seed:int=0,           # of the order of documents
+               limit:float=None      # rows of a larger norm are left out; by default what is usual at this site
               ) -> Tasks:
     "Rows of Python code with exact labels for all `CODE_TASKS`; a row's group is its document."
     check(lm.tokenizer.is_fast, f"the tokenizer of {lm.name} does not tell which characters a token stands for: give a model with a fast tokenizer")
-    rows, labels, group, first = [], [], [], _opening(lm.tokenizer)
-    size = context - len(first)
+    size = context - len(_opening(lm.tokenizer))
     check(size > 0, f"context is {context}: a window needs at least 2 tokens")
-    for number, doc in enumerate(progress(text.documents(held_out))):
-        if sum(map(len, rows)) >= tokens: break
-        source = doc.text.replace("\r\n", "\n").replace("\r", "\n")
-        coded = lm.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        count = len(coded["input_ids"]) // size
-        marks = code_labels(source) if count else None
-        if marks is None: continue
-        at = torch.tensor([count * i // min(each, count) * size for i in range(min(each, count))])[:, None] + torch.arange(size)
-        ids = torch.cat([torch.tensor(first).expand(len(at), -1), torch.tensor(coded["input_ids"])[at]], 1).long()
-        keep = ~torch.isin(ids, torch.tensor(lm.tokenizer.all_special_ids))
-        rows.append(read_rows(lm, Windows(ids, keep, [doc.name] * len(at)), site).float())
-        labels.append(marks[torch.tensor(deciding(source, coded["offset_mapping"]))[at[keep[:, len(first):]]]])
-        group += [number] * len(labels[-1])
+    docs = _mixed(text.documents(held_out), seed)
+    each = min(each, math.ceil(2 * tokens / (size * max(1, len(docs)))))
+    found, have, out = [], 0, 0
+    for number, doc in progress(docs):
+        if have >= tokens: break
+        read = _labelled(lm, doc, site, size, each)
+        if read is None: continue
+        if limit is None: limit = norm_limit(lm, text, site, context)
+        near = read[0].norm(dim=-1) <= limit
+        found.append((number, read[0][near], read[1].to(near.device)[near]))
+        have, out = have + int(near.sum()), out + int((~near).sum())
     side = "held-out" if held_out else "training"
-    check(rows, f"text {text.name!r} has no Python source of {size} tokens or more on its {side} side: give more of it, or a shorter context")
-    device = rows[0].device
-    return Tasks(CODE_TASKS, torch.cat(rows), torch.cat(labels).to(device), torch.tensor(group, device=device), f"{text.name} in {lm.name} at {site}")
+    check(have, f"text {text.name!r} has no Python source of {size} tokens or more on its {side} side: give more of it, or a shorter context")
+    numbers, rows, labels = zip(*sorted(found, key=lambda part: part[0]))
+    group = torch.tensor(numbers, device=rows[0].device).repeat_interleave(torch.tensor([len(r) for r in rows], device=rows[0].device))
+    return Tasks(CODE_TASKS, torch.cat(rows), torch.cat(labels), group, f"{text.name} in {lm.name} at {site}", left_out=out)
+
+def _mixed(docs, seed, most=4096, among=65_536):
+    "Numbered documents in mixed order, at most `most`, drawn evenly from the first `among`."
+    draw, kept = random.Random(seed), []
+    for number, doc in enumerate(islice(docs, among)):
+        if len(kept) < most: kept.append((number, doc))
+        elif (place := draw.randrange(number + 1)) < most: kept[place] = (number, doc)
+    draw.shuffle(kept)
+    return kept
+
+def _labelled(lm, doc, site, size, each):
+    "Rows and labels of at most `each` windows of `doc`, or None where it is short, or not Python."
+    source, first = doc.text.replace("\r\n", "\n").replace("\r", "\n"), _opening(lm.tokenizer)
+    coded = lm.tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    count = len(coded["input_ids"]) // size
+    marks = code_labels(source) if count else None
+    if marks is None: return None
+    at = torch.tensor([count * i // min(each, count) * size for i in range(min(each, count))])[:, None] + torch.arange(size)
+    ids = torch.cat([torch.tensor(first).expand(len(at), -1), torch.tensor(coded["input_ids"])[at]], 1).long()
+    keep = ~torch.isin(ids, torch.tensor(lm.tokenizer.all_special_ids))
+    rows = read_rows(lm, Windows(ids, keep, [doc.name] * len(at)), site).float()
+    return rows, marks[torch.tensor(deciding(source, coded["offset_mapping"]))[at[keep[:, len(first):]]]]
 
 def _opening(tokenizer):
     "The token that opens every text, if there is one."

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -19,8 +20,8 @@ from torch import Tensor
 from .acts import normalise
 from .core import Config, UserError, check, reason, setting
 from .gpu import register
-from .kernels import HOW, Gradient, Tape, adam_rows_, fast_float32
-from .sae import SAE, nmse, unit_rows_
+from .kernels import HOW, Gradient, Tape, adam_rows_
+from .sae import SAE, as_rows, nmse, no_autocast, unit_rows_
 
 # %% ../nbs/10_train.ipynb #262aa2a7
 class Average:
@@ -80,10 +81,13 @@ class TrainConfig(Config):
     def validate(self):
         check(self.tokens >= 1, f"tokens is {self.tokens}: train on at least one")
         check(self.batch >= 1, f"batch is {self.batch}: a step needs at least one row")
-        check(self.lr > 0, f"lr is {self.lr}: choose a positive learning rate")
+        check(0 < self.lr < 1e30, f"lr is {self.lr}: choose a positive learning rate")
+        for beta in ("beta1", "beta2"): check(0 <= getattr(self, beta) < 1, f"{beta} is {getattr(self, beta)}: choose 0 ≤ {beta} < 1")
+        check(0 < self.eps < 1e30, f"eps is {self.eps}: choose a small positive number")
         check(0 <= self.ema < 1, f"ema is {self.ema}: choose 0 ≤ ema < 1")
         check(0 <= self.decay <= 1, f"decay is {self.decay}: it is a share, choose 0 to 1")
-        check(min(self.micro, self.k_aux, self.warmup, self.clip, self.aux) >= 0, "micro, k_aux, warmup, clip and aux cannot be negative")
+        least = min(self.micro, self.k_aux, self.warmup, self.clip, self.aux, self.dead_tokens)
+        check(least >= 0, "micro, k_aux, warmup, clip, aux and dead_tokens cannot be negative")
         check(self.eval_every >= 1, f"eval_every is {self.eval_every}: choose at least 1 step")
 
     @property
@@ -93,8 +97,11 @@ class TrainConfig(Config):
 class State:
     "All that changes while an SAE is trained."
     def __init__(self, sae:SAE, cfg:TrainConfig, terms:Iterable[Term]=(), scale:float=None):
+        half = sae.W_enc.dtype == torch.float16
+        check(not half, "weights in float16 are too coarse for Adam's small steps: train with sae.float()")
         self.sae, self.cfg, self.terms = sae, cfg, list(terms)
         self.step, self.scale = 0, scale     # steps done; 1 / variance of the rows, taken from the first batch when None
+        sae.requires_grad_(True)             # one that was loaded wants none
         register()                           # the kernels of an accelerator, if there is one
         self.tape = Tape(sae, cfg.encoder)   # collects the sparse gradients
         self.adam = {k: (torch.zeros_like(v), torch.zeros_like(v)) for k, v in sae.state_dict().items()}   # its means and mean squares
@@ -149,7 +156,7 @@ def forward_backward(state:State, rows:Float[Tensor, "b d"]) -> dict:
     "Gradients for one batch of rows; gives the loss parts."
     sae, tape, total = state.sae, state.tape, {}
     for part in rows.split(state.cfg.micro or len(rows)):
-        with fast_float32():
+        with torch.enable_grad(), no_autocast(part):
             x = normalise(part, sae.cfg.normalise).rows
             values, indices = tape.encode(x)
             recon = tape.decode(values, indices)
@@ -200,15 +207,20 @@ def train(sae:SAE,
          ) -> Iterator[Step]:
     "Train `sae` and yield a `Step` after each update."
     state = state or State(sae, cfg, terms)
+    if held_out is not None: held_out = as_rows(held_out, sae)
     start, first, batches = time.perf_counter(), state.step, iter(batches)
     while state.step < cfg.steps:
         began = time.perf_counter()
         if (rows := next(batches, None)) is None: return
-        waited, rows = time.perf_counter() - began, rows.to(sae.W_enc)
+        waited, rows = time.perf_counter() - began, _batch(rows, sae)
         if state.scale is None: state.scale = row_scale(sae, rows)
         lr, parts = learning_rate(cfg, state.step), forward_backward(state, rows)
-        check(all(v == v and abs(v) != float("inf") for v in parts.values()),
-              f"the loss is not finite at step {state.step + 1} ({parts}): choose a smaller lr than {cfg.lr}, or clip the gradient")
+        if not all(map(isfinite, parts.values())):
+            sae.zero_grad()
+            state.tape.clear()
+            as_rows(rows, sae)   # says so where it is the rows' fault
+            cure = f"choose a smaller lr than {cfg.lr}, or clip the gradient"
+            raise UserError(f"the loss is not finite at step {state.step + 1} ({parts}): {cure}")
         norm = update(state)
         took = time.perf_counter() - began - waited
         dead = next((r["dead"] for t in state.terms if "dead" in (r := t.report())), None)
@@ -216,9 +228,21 @@ def train(sae:SAE,
         yield Step(state.step, min(state.step * cfg.batch, cfg.tokens), sum(parts.values()), parts["nmse"], parts, dead, lr, norm,
                    (state.step - first) * cfg.batch / (time.perf_counter() - start), waited, took, held_out_nmse(state.best(), held_out) if look else None)
 
+def _batch(rows, sae):
+    "A batch as training takes it: without what it was computed from."
+    rows, d = torch.as_tensor(rows), sae.cfg.d
+    shape = tuple(rows.shape)
+    check(len(shape) == 2 and shape[0] and shape[1] == d, f"a batch has shape {shape}: give tables [rows, {d}] of at least one row")
+    rows = rows.detach().to(sae.W_enc)
+    return rows.clone() if rows.is_inference() else rows
+
 def row_scale(sae:SAE, rows) -> float:
     "One over the variance of the rows in the SAE's units: the normaliser of the squared error, fixed for a whole run."
-    return 1 / normalise(rows.to(sae.W_enc), sae.cfg.normalise).rows.var(0, unbiased=False).mean().clamp_min(1e-30).item()
+    rows = as_rows(rows, sae)
+    variance = normalise(rows, sae.cfg.normalise).rows.var(0, unbiased=False).mean().item()
+    cure = "give rows that differ, a first batch of at least two"
+    check(variance > 1e-30, f"{len(rows)} rows that are all the same have no variance to learn from: {cure}")
+    return 1 / variance
 
 @torch.no_grad()
 def held_out_nmse(sae:SAE, rows) -> float:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_nb.core import write_atomic
-from sae_nb.features import Band, Context, Feature, Payload, encode_column, moments, write_payload
+from sae_nb.core import digest, write_json
+from sae_nb.features import Band, Context, Feature, Payload, _sealed, encode_column, moments, write_payload
 
 # each list joined is a text; characters may be split over several tokens, which then are empty up to the last
 TEXTS = [["def", " area", "(", "r", "):", "\n", "    ", "return", " 3", ".", "14", " *", " r"],
@@ -63,10 +63,14 @@ def made(folder, n=100, seed=0, many=None, shard=64):
     if n <= own: return small
     repeat = lambda items: [items[i % own] for i in range(n)]
     shards = [small.shard(j) for j in range(16)]
+    marks = []
     for j in range(-(-n // shard)):
         first, words = j * shard, json.dumps(shards[j % 16]["words"], ensure_ascii=False)
         latents = [json.dumps(d | {"id": first + i}, ensure_ascii=False, separators=(",", ":")) for i, d in enumerate(shards[j % 16]["latents"][:n - first])]
-        (Path(folder) / "shards" / f"{j:05}.json").write_text(f'{{"latents":[{",".join(latents)}],"words":{words}}}', encoding="utf-8")
-    index = small.index | dict(n=n, tokens=repeat(small.tokens), explanations=repeat(small.explanations), columns={c: encode_column(np.resize(v, n)) for c, v in small.columns.items()})
-    write_atomic(Path(folder) / "index.json", json.dumps(index, ensure_ascii=False))
+        content = f'{{"latents":[{",".join(latents)}],"words":{words}}}'.encode()
+        (Path(folder) / "shards" / f"{j:05}.json").write_bytes(content)
+        marks.append(digest(content))
+    columns = {c: encode_column(np.resize(v, n)) for c, v in small.columns.items()}
+    index = small.index | dict(n=n, tokens=repeat(small.tokens), explanations=repeat(small.explanations), columns=columns, shards=marks)
+    write_json(Path(folder) / "index.json", _sealed(index))
     return Payload.open(folder)

@@ -1,11 +1,13 @@
 "Ablations against slow hook-based interventions, models whose effects are known in closed form, and dictionaries of other libraries."
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from sae_nb.ablate import Spot, ablate, ablated_logits, ablation_sparsity, active, attribute, baseline, centred, draw_spots, effects, sparsity, spot, spread, without
+from sae_nb.ablate import (Spot, ablate, ablated_logits, ablation_sparsity, active, attribute, baseline, centred, draw_spots, effects, shape, shapes,
+                           sparsity, spot, without)
 from sae_nb.core import UserError
 from sae_nb.lm import LM, load_lm
 from sae_nb.sae import SAE, Channels, Dictionary, SAEConfig, init_
@@ -89,7 +91,7 @@ def test_an_effect_on_one_logit_of_one_token_scores_one_over_all(T):
     lm = LM(Lookup(rows, torch.eye(12, dtype=torch.float64)), None)
     at, channels = spot(lm, torch.arange(15), 4, T), Dictionary(Channels(), rows)
     x = lm.read(at.ids, "site")[0]
-    got = spread(lm, "site", at, x, without(channels, x[4], active(channels, x[4])))
+    got = shapes(lm, "site", at, x, without(channels, x[4], active(channels, x[4])))[:, 0]
     torch.testing.assert_close(got, torch.full((12,), 1 / (12 * T), dtype=torch.float64))
 
 
@@ -170,9 +172,9 @@ def test_portions_do_not_matter(lm, ids, sae):
     at = spot(lm, ids, 5, 8)
     x, d = lm.read(at.ids, SITE)[0], Dictionary(sae, lm.read(ids[None], SITE)[0])
     changes = without(d, x[5], active(d, x[5]))
-    whole = spread(lm, SITE, at, x, changes)
+    whole = shapes(lm, SITE, at, x, changes)
     for portion in (1, 3):
-        part = spread(lm, SITE, at, x, changes, portion)
+        part = shapes(lm, SITE, at, x, changes, portion)
         torch.testing.assert_close(part.mean(), whole.mean(), atol=1e-6, rtol=0)
         torch.testing.assert_close(part, whole, atol=1e-6, rtol=1e-4)
 
@@ -274,7 +276,7 @@ def test_same_seed_same_numbers(lm, text, sae):
 
 def test_estimates_are_means_and_ratios_of_means(lm, text, sae):
     got = ablate(sae, lm, text, SITE, context=32, positions=5, T=2)
-    mean = {n: torch.cat(v).double().mean().item() for n, v in got.values.items()}
+    mean = {n: torch.cat(v)[:, 0].double().mean().item() for n, v in got.values.items()}
     assert got.estimate().value == pytest.approx(mean["latents"], abs=1e-6)
     assert got.estimate(over="channels").value == pytest.approx(mean["latents"] / mean["channels"], abs=1e-5)
     assert got.estimate(over="latents").low == got.estimate(over="latents").high == 1
@@ -320,3 +322,83 @@ def test_a_decode_without_gradients_is_refused(lm, ids, sae):
         @torch.no_grad()
         def decode(self, dense, normed): return super().decode(dense, normed)
     with pytest.raises(UserError, match="cannot be followed by autograd"): attribute(Numb(sae), lm, ids, SITE, " width", 7)
+
+
+# --- words and time --------------------------------------------------------------------------------------
+
+def test_the_shape_of_an_effect_is_told_in_words_and_in_time():
+    change = torch.zeros(4, 8, 50, dtype=torch.float64)
+    change[0, 0, 7] = 2                  # one word at one token
+    change[1, :, 7] = -1                 # one word at every token
+    change[2, 3] = 5                     # every word at one token
+    change[3, 2, :10], change[3, 5, :40] = 3., .001   # the words of the token that counts
+    want = torch.tensor([[1 / 400, 1 / 50, 1 / 8], [1 / 50, 1 / 50, 1], [1 / 8, 1, 1 / 8]], dtype=torch.float64)
+    torch.testing.assert_close(shape(change)[:3], want)
+    assert shape(change)[3, 1].item() == pytest.approx(.2, rel=1e-4) and shape(change)[3, 2].item() == pytest.approx(1 / 8, rel=.01)
+
+
+def test_a_latent_zeroed_at_all_tokens_is_an_intervention_by_hand(precise, ids, sae):
+    double = SAE(sae.cfg).double()
+    double.load_state_dict({k: v.double() for k, v in sae.state_dict().items()})
+    at = spot(precise, ids, 6, 5)
+    x, d = precise.read(at.ids, SITE)[0], Dictionary(double, precise.read(ids[None], SITE)[0])
+    some = active(d, x[6])[:3]
+    changes = without(d, x[6:], some)
+    _, *found = torch.cat(list(ablated_logits(precise, SITE, at, x, changes)))
+    for i, latent in enumerate(some.tolist()):
+        code = double.encode(x[6:])
+        values = torch.where(code.indices == latent, 0., code.values)
+        rows = x.clone()
+        rows[6:] += (double.decode(replace(code, values=values)) - double.decode(code)).detach()
+        torch.testing.assert_close(found[i], precise.logits(at.ids, SITE, lambda _: rows[None])[0, -5:].detach(), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(changes[:, 0], without(d, x[6], some))
+
+
+def test_every_setting_of_an_ablation_changes_it(lm, sae, text):
+    plain = dict(context=32, positions=6, T=4, latents=2)
+    base = ablate(sae, lm, text, SITE, **plain)
+    flat = lambda found: torch.cat([v for n in found.values for v in found.values[n]])
+    for name, other in dict(T=3, seed=1, everywhere=True, error=False, context=24, positions=7, latents=3, nulls=False).items():
+        found = ablate(sae, lm, text, SITE, **(plain | {name: other}))
+        assert found.settings[name] == other if name != "nulls" else "channels" not in found.values
+        assert flat(found).shape != flat(base).shape or not torch.equal(flat(found), flat(base)), name
+    assert torch.equal(flat(ablate(sae, lm, text, SITE, **plain, portion=1)).isfinite(), flat(base).isfinite())
+    again = ablate(sae, lm, text, SITE, **plain)
+    assert torch.equal(flat(again).nan_to_num(), flat(base).nan_to_num())
+
+
+def test_random_directions_are_as_long_as_the_latents(lm, sae, text, monkeypatch):
+    import sae_nb.ablate as module
+    seen = []
+    monkeypatch.setattr(module, "shapes", lambda lm, site, at, base, changes, portion: seen.append(changes) or torch.zeros(len(changes), 3))
+    for everywhere in (False, True):
+        seen.clear()
+        ablate(sae, lm, text, SITE, context=32, positions=3, T=4, everywhere=everywhere)
+        for own, drawn in zip(seen[::4], seen[1::4]):
+            at_spot = (own[:, 0] if everywhere else own).norm(dim=-1).mean()
+            lengths = drawn.norm(dim=-1)
+            torch.testing.assert_close(lengths, at_spot.expand_as(lengths), atol=1e-4, rtol=1e-3)
+            assert own.shape == drawn.shape and own.ndim == 2 + everywhere
+
+
+def test_spots_are_drawn_over_all_documents_and_the_interval_over_documents(lm, sae, text):
+    found = ablate(sae, lm, text, SITE, context=32, positions=24, T=4, latents=2)
+    assert len(set(found.docs)) > 1 and found.estimate().settings["unit"] == "documents"
+    assert found.estimate().settings["units"] == len(set(found.docs))
+
+
+def test_ablations_in_one_thread_leave_other_threads_alone(lm, ids, sae):
+    from threading import Event, Thread
+    at = spot(lm, ids, 6, 3)
+    x, d = lm.read(at.ids, SITE)[0], Dictionary(sae, lm.read(ids[None], SITE)[0])
+    changes, clean, stop, wrong = without(d, x[6], active(d, x[6])), lm.logits(ids[None]), Event(), []
+    def work():
+        while not stop.is_set():
+            now = lm.logits(ids[None])
+            if now.shape != clean.shape or not torch.allclose(now, clean, atol=1e-4): wrong.append(tuple(now.shape))
+    other = Thread(target=work)
+    other.start()
+    for _ in range(20): list(ablated_logits(lm, SITE, at, x, changes, portion=1))
+    stop.set()
+    other.join()
+    assert not wrong

@@ -1,5 +1,5 @@
 "The command line: what a run folder holds, and one plain sentence for every mistake of the caller."
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -103,7 +103,10 @@ def test_eval_measures_again_and_gets_the_same(finished, tmp_path):
     assert main(["eval", str(folder), "--device", "cpu"]) == 0
     after = json.loads((folder / "metrics.json").read_text())
     assert (folder / "report.html").stat().st_size > 1000 and after.keys() == before.keys()
-    assert {k: after[k] for k in before if k != "tokens_per_second"} == pytest.approx({k: before[k] for k in before if k != "tokens_per_second"}, rel=1e-6)
+    words = {"text", "sae digest", "lm digest", "text digest"}
+    assert {k: after[k] for k in words} == {k: before[k] for k in words}
+    numbers = before.keys() - words - {"tokens_per_second"}
+    assert {k: after[k] for k in numbers} == pytest.approx({k: before[k] for k in numbers}, rel=1e-6)
 
 
 def test_eval_of_few_tokens_measures_few(finished, tmp_path):
@@ -339,7 +342,7 @@ def test_eval_with_a_damaged_record(finished, tmp_path, capfd, name, how):
     assert code == 0 and (folder / "report.html").stat().st_size > 1000 or code == 2 and name in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sae.safetensors", "cfg.json", "config.json"])
+@pytest.mark.parametrize("name", ["sae.safetensors", "config.json"])
 def test_eval_of_an_incomplete_run(says, finished, tmp_path, name):
     folder = shutil.copytree(finished, tmp_path / "run")
     (folder / name).unlink()
@@ -421,3 +424,100 @@ def test_fit_of_nothing(says, tmp_path):
     says("fit", tmp_path / "none.csv", "--law", "n")
     says("fit", law_table(tmp_path / "t.csv", BAD["few"]), "--law", "cubic")
     says("fit", law_table(tmp_path / "t.csv", [(n, 8, "", "", .1 + 2 * n**-.4) for n in SIZES]), "--law", "n", "--bootstrap", "0")
+
+
+# --- what a command is told and tells ----------------------------------------------------------------
+
+def test_eval_finds_its_text_from_every_folder(text, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    shutil.copy(text, tmp_path / "here/notes.txt")
+    (tmp_path / "there/notes.txt").write_text("quite another text, of many words\n" * 900)
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["train", *MODEL, "--text", "notes.txt", "--tokens", "4_000", "--out", "run", "--eval-tokens", "300"]) == 0
+    before = json.loads(Path("run/metrics.json").read_text())
+    assert 300 <= before["eval_tokens"] < 900
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["eval", "../here/run", "--device", "cpu", "--tokens", "300"]) == 0
+    assert json.loads((tmp_path / "here/run/metrics.json").read_text())["nmse"] == before["nmse"]
+
+
+def test_another_text_leaves_the_figures_of_the_run(finished, tmp_path, capfd):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    (tmp_path / "other.txt").write_text("quite another text, of many words\n" * 900)
+    assert main(["eval", str(folder), "--device", "cpu", "--tokens", "300", "--text", str(tmp_path / "other.txt")]) == 0
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name in before} == before
+    (more,) = folder.glob("metrics-*.json")
+    own, other = json.loads(before["metrics.json"]), json.loads(more.read_text())
+    assert other["text"] == str(tmp_path / "other.txt") and other["nmse"] != own["nmse"]
+    assert other["sae digest"] == own["sae digest"] and other["text digest"] != own["text digest"]
+    assert more.name in capfd.readouterr().out
+
+
+def test_a_text_that_was_rewritten_is_told(says, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text(prose())
+    assert main(["train", *MODEL, "--text", str(path), "--tokens", "2_000", "--out", str(tmp_path / "run"), "--eval-tokens", "100"]) == 0
+    before = (tmp_path / "run/metrics.json").read_bytes()
+    path.write_text(prose().replace("rate", "pace"))
+    assert "--text" in says("eval", tmp_path / "run", "--device", "cpu")
+    assert (tmp_path / "run/metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("written, value", [("12345678901234567", 12345678901234567), ("2_000_000", 2_000_000), ("2e6", 2_000_000), ("1e3", 1000), ("9007199254740993", 2**53 + 1)])
+def test_whole_numbers_are_exact(written, value):
+    from sae_nb.cli import number
+    found = number(int)(written)
+    assert found == value and type(found) is int
+
+
+@pytest.mark.parametrize("written", ["1.5", "nan", "inf", "1e999999999", "ten", ""])
+def test_what_is_no_whole_number_is_told(says, written, tmp_path):
+    assert "tokens" in says("train", "--tokens", written, "--out", tmp_path / "run")
+
+
+def test_version_and_help(capfd):
+    import sae_nb
+    with pytest.raises(SystemExit) as end: main(["--version"])
+    assert end.value.code == 0 and sae_nb.__version__ in capfd.readouterr().out
+    for command in ("train", "eval", "sweep", "fit", "explore", "export"):
+        with pytest.raises(SystemExit): main([command, "--help"])
+        out = capfd.readouterr().out
+        assert f"example: sae-nb {command} " in out
+    with pytest.raises(SystemExit): main(["train", "--help"])
+    out = " ".join(capfd.readouterr().out.split())
+    assert "{exact,bfloat16}" in out and "{none,unit_norm,layer_norm}" in out
+
+
+def test_every_example_of_the_help_is_understood():
+    from sae_nb.cli import EXAMPLES, parser
+    for name, example in EXAMPLES.items():
+        args = parser().parse_args(example.split()[1:])
+        assert args.command == name
+
+
+def test_fit_of_a_part_of_a_table(tmp_path, capfd, says):
+    rows = [(n, s, loss * factor) for n, loss in PLANTED for s, factor in (("a", 1), ("b", 3))]
+    table = law_table(tmp_path / "t.csv", rows, "n,subject,loss")
+    assert main(["fit", str(table), "--law", "n", "--where", "subject=a", "--out", str(tmp_path / "law.json"), "--bootstrap", "50"]) == 0
+    assert json.loads((tmp_path / "law.json").read_text())["runs"] == len(PLANTED)
+    assert "subject" in says("fit", table, "--law", "n")
+    assert "column=value" in says("fit", table, "--law", "n", "--where", "subject")
+    assert "no row has" in says("fit", table, "--law", "n", "--where", "subject=c")
+
+
+PLANTED = [(n, .1 + 3 * n**-.5) for n in (64, 128, 256, 512, 1024, 2048, 4096)]
+
+
+def test_term_stops_a_run_as_ctrl_c_does(text, tmp_path):
+    out = tmp_path / "run"
+    args = [*MODEL, "--text", str(text), "--tokens", "400_000", "--out", str(out), "--resume"]
+    going = subprocess.Popen([sys.executable, "-c", "import sys; from sae_nb.cli import main; sys.exit(main())", "train", *args], stderr=subprocess.PIPE, text=True)
+    for _ in range(1_200):
+        if (out / "steps.jsonl").exists() and (out / "steps.jsonl").stat().st_size > 5_000: break
+        time.sleep(.1)
+    going.terminate()
+    said = going.communicate(timeout=120)[1]
+    assert going.returncode == 130 and "with --resume" in said
+    assert (out / "checkpoint/state.safetensors").exists()

@@ -1,6 +1,9 @@
 "What a payload says about a latent, against slow recomputations from the activations; and payloads that are missing, damaged or foreign."
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,7 +105,9 @@ def test_contexts_are_pieces_of_their_documents(found, truth, text, lm):
             for j, c in enumerate(contexts(found, best, l)):
                 name, token, _ = truth.owner[c.place]
                 assert (c.doc, c.token, c.at) == (name, token, c.at) and c.place == best.notes["place"][l, j]
-                assert c.tokens == texts[name][token - c.at:token - c.at + len(c.tokens)]
+                want = texts[name][token - c.at:token - c.at + len(c.tokens)]
+                if c.place // CONTEXT == len(truth.ids) - 1: want = [t.replace("\ufffd", "") for t in want]   # the last window cuts a character
+                assert c.tokens == want
                 assert c.values == truth.acts[c.place - c.at:c.place - c.at + len(c.tokens), l].tolist() and c.act == c.values[c.at] > 0
                 assert c.at == min(20, token, c.place % CONTEXT - 1) or "" in texts[name][max(0, token - 24):token]
                 cut += "" in c.tokens
@@ -416,7 +421,7 @@ def test_one_call(sae, lm, text, tmp_path):
     assert said["values"][3] == pytest.approx(code.values[3].sort(descending=True).values.tolist()) and live.read("") == dict(tokens=[], latents=[], values=[])
     assert np.load(tmp_path / "windows.npy").tolist() == c.ids.tolist()
     (tmp_path / "windows.npy").unlink()
-    with pytest.raises(UserError, match="windows of the payload"): live.effect_of(3)
+    with pytest.raises(UserError, match="windows.npy of"): Live(sae, lm, payload).effect_of(3)
     with pytest.raises(UserError, match="64 latents but the payload 96"): Live(Channels(), lm, payload)
     with pytest.raises(UserError, match="where they stand"): with_effects(sae, lm, SITE, c.ids, made_feature(0))
 
@@ -499,7 +504,7 @@ def test_a_killed_writer_leaves_the_old_payload(tmp_path):
     (lambda f: (f / "index.json").unlink(), "no index.json"),
     (lambda f: (f / "index.json").write_text('{"format": '), "not readable as JSON"),
     (lambda f: (f / "index.json").write_text('{"format": "other"}'), "no features of ours"),
-    (lambda f: edit(f / "index.json", version=2), "version 2"),
+    (lambda f: edit(f / "index.json", version=3), "version 3"),
     (lambda f: edit(f / "index.json", n=31), "do not belong together"),
     (lambda f: edit(f / "index.json", tokens=[]), "do not belong together"),
     (lambda f: edit(f / "index.json", columns={}), "do not belong together"),
@@ -507,7 +512,16 @@ def test_a_killed_writer_leaves_the_old_payload(tmp_path):
     (lambda f: (f / "shards/00001.json").unlink(), "00001.json does not exist"),
     (lambda f: (f / "shards/00001.json").write_bytes((f / "shards/00001.json").read_bytes()[:99]), "not readable as JSON"),
     (lambda f: (f / "shards/00001.json").write_bytes((f / "shards/00000.json").read_bytes()), "belongs to another index"),
-    (lambda f: edit(f / "shards/00001.json", words=[]), "latent 12 .* is damaged"),
+    (lambda f: edit(f / "shards/00001.json", words=[]), "shard 1 .* damaged"),
+    (lambda f: edit(f / "index.json", rows=5), "does not fit its digest"),
+    (lambda f: edit(f / "index.json", shard="10"), "do not belong together"),
+    (lambda f: edit(f / "index.json", lm=None), "do not belong together"),
+    (lambda f: drop(f / "index.json", "digest"), "does not fit its digest"),
+    (lambda f: drop(f / "index.json", "sources"), "does not fit its digest"),
+    (lambda f: drop(f / "index.json", "bin"), "do not belong together"),
+    (lambda f: (f / "index.json").write_text("[" * 100_000), "nested too deeply|not readable"),
+    (lambda f: (f / "shards/00001.json").write_text('{"a":' * 100_000), "nested too deeply|not readable"),
+    (lambda f: flip(f / "shards/00001.json"), "damaged"),
     (lambda f: edit(f / "shards/00001.json", latents=3), "damaged"),
 ])
 def test_damage_is_told_in_a_sentence(tmp_path, damage, says):
@@ -516,6 +530,142 @@ def test_damage_is_told_in_a_sentence(tmp_path, damage, says):
     damage(tmp_path)
     with pytest.raises(UserError, match=says) as e: Payload.open(tmp_path).feature(12)
     assert "\n" not in str(e.value)
+
+
+def drop(path, name):
+    "Take one name out of a JSON file."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content[name]
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def flip(path):
+    "Change one digit of an activation."
+    text = path.read_text(encoding="utf-8")
+    at = text.index('"act":') + 6
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1:], encoding="utf-8")
+
+
+def test_every_byte_counts(tmp_path):
+    "Damage at any place of any file of a payload is told, and never as a traceback."
+    payload = made(tmp_path, 20, shard=8)
+    want = [payload.feature(i) for i in range(20)]
+    rng = np.random.default_rng(0)
+    for path in [tmp_path / "index.json", *sorted((tmp_path / "shards").iterdir())]:
+        whole = path.read_bytes()
+        for at in rng.integers(len(whole), size=20):
+            kind = rng.integers(3)
+            path.write_bytes(whole[:at] if kind == 0 else whole[:at] + bytes([whole[at] ^ 1 << int(rng.integers(8))]) + whole[at + 1:] if kind == 1 else whole[:at] + whole[at + 9:])
+            try: [Payload.open(tmp_path).feature(i) for i in range(20)]
+            except UserError as e: assert "\n" not in str(e)
+            else: pytest.fail(f"byte {at} of {path.name} was changed and nobody noticed")
+        path.write_bytes(whole)
+    assert [f.word for f in want] == [Payload.open(tmp_path).feature(i).word for i in range(20)]
+
+
+@pytest.mark.parametrize("foreign", ["paper.tex", "windows.npy", "shards/mine.json", "shards/00000.json", "shards/00000.js", ".shards.1.tmp", "index.json"])
+def test_foreign_folders_are_left_alone(tmp_path, foreign):
+    "A folder that holds anything else is refused before a byte in it has changed."
+    path = tmp_path / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="name a|move it away"): write_payload(tmp_path, about(), map(made_feature, range(3)))
+    assert path.read_text() == '{"mine": 1}' and len([p for p in tmp_path.rglob("*") if p.is_file()]) == 1
+
+
+def test_foreign_files_beside_ours_are_left_alone(tmp_path):
+    "In a folder of ours as well; a link is not followed."
+    made(tmp_path / "a", 3)
+    (tmp_path / "a" / "shards" / "mine.json").write_text("1")
+    with pytest.raises(UserError, match="mine.json, which is not ours"): made(tmp_path / "a", 3)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "00000.json").write_text("mine")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "shards").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link"): made(tmp_path / "b", 3)
+    (tmp_path / "c").write_text("")
+    with pytest.raises(UserError, match="is a file"): made(tmp_path / "c", 3)
+    assert (elsewhere / "00000.json").read_text() == "mine" and (tmp_path / "a" / "shards" / "mine.json").exists()
+
+
+KILLED = """
+import os, signal, sys
+from sae_nb import core, features
+from payloads import about, feature
+names, at = "unlink rename replace mkdir rmdir".split(), int(sys.argv[2])
+count = 0
+def step(real):
+    def stepped(*a, **k):
+        global count
+        count += 1
+        if count == at: os.kill(os.getpid(), signal.SIGKILL)
+        return real(*a, **k)
+    return stepped
+for name in names: setattr(os, name, step(getattr(os, name)))
+features.write_payload(sys.argv[1], about(4), map(feature, range(int(sys.argv[3]))))
+print("done")
+"""
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+def test_killed_at_any_step_it_can_be_written_again(tmp_path, at):
+    "A killed writer leaves the old payload, or a folder that is written again; nothing stays behind."
+    folder = tmp_path / "features"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])}
+    made(folder, 12, shard=4)
+    (folder / "notes.json").write_text("{}")
+    done = subprocess.run([sys.executable, "-c", KILLED, folder, str(at), "8"], env=env, capture_output=True, text=True)
+    assert done.returncode == -9 or done.stdout == "done\n", done.stderr
+    if (folder / "index.json").exists():
+        payload = Payload.open(folder)
+        assert [payload.feature(i).id for i in range(payload.n)] == [*range(payload.n)] and payload.n in (12, 8)   # whole
+    assert made(folder, 5, shard=4).feature(4).id == 4
+    assert {p.name for p in folder.iterdir()} == {"index.json", "shards", "notes.json", ".lock"} and len(list((folder / "shards").iterdir())) == 2
+
+
+def test_two_writers_at_once(tmp_path):
+    "The second is told, and the first ends as if alone."
+    def twice():
+        yield made_feature(0)
+        with pytest.raises(UserError, match="another process"): write_payload(tmp_path, about(), map(made_feature, range(2)))
+        yield made_feature(1)
+    assert write_payload(tmp_path, about(), twice()).n == 2
+
+
+def test_a_payload_knows_what_it_was_made_from(tmp_path):
+    "Another's weights or model are refused by name; what is not known is not compared."
+    payload = write_payload(tmp_path, about() | {"made_from": {"weights": "a", "model": "b"}}, map(made_feature, range(2)), {"more.bin": b"123"})
+    payload.made_by(weights="a", model="b")
+    payload.made_by(weights=None, text="c")
+    with pytest.raises(UserError, match="differs in model"): payload.made_by(weights="a", model="c")
+    assert payload.file("more.bin") == b"123"
+    (tmp_path / "more.bin").write_bytes(b"124")
+    with pytest.raises(UserError, match="more.bin .* is damaged"): payload.file("more.bin")
+    with pytest.raises(UserError, match="keeps no other.bin"): payload.file("other.bin")
+
+
+@pytest.mark.parametrize("latent", [np.int64(1), np.int32(1), torch.tensor(1), np.array(1)])
+def test_numbers_of_numpy_and_torch_name_a_latent(tmp_path, latent):
+    assert made(tmp_path / "~", 3).feature(latent).id == 1
+
+
+@pytest.mark.parametrize("latent", [1.5, "1", None, True, float("nan"), 10**30, -1])
+def test_what_is_no_number_of_a_latent(tmp_path, latent):
+    with pytest.raises(UserError, match="whole number|choose from"): made(tmp_path, 3).feature(latent)
+
+
+def test_a_home_is_understood(tmp_path, monkeypatch):
+    "`~` and paths are taken."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made("~/features", 3)
+    assert (tmp_path / "features" / "index.json").exists() and Payload.open("~/features").n == 3
+
+
+def test_characters_that_are_none(tmp_path):
+    "Half a surrogate, as a file name may hold, does not lose what was collected."
+    odd = Feature(0, top=[Context(["a\udc80"], [1.], 0, 1., doc="\udcff.txt")])
+    assert write_payload(tmp_path, about(), [odd]).feature(0).top[0].doc == "\udcff.txt"
 
 
 def edit(path, **changes): path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
@@ -573,3 +723,152 @@ def test_a_text_without_held_out_windows_leaves_the_rest_standing(sae, lm, text,
     payload = write_features(sae, lm, bare, SITE, tmp_path / "f", tokens=2_000, context=CONTEXT, effects=0, explain=4)
     about = payload.index["sources"]
     assert payload.n == 96 and about["explained"] == 0 and len(about["not_explained"]) > 20
+
+
+def test_all_documents_are_read_from(sae, lm):
+    "A few windows come from all over the text, not from its head; the seed, and only the seed, changes which."
+    docs = [Document(f"{i:03}", f"def function_{i}(x):\n    return x + {i}\n" * 8) for i in range(120)]
+    many = Text("many", lambda: iter(docs), lambda i, d: i % 2 == 0)
+    read = lambda **how: collect(sae, lm, many, SITE, **dict(tokens=600, context=CONTEXT) | how)
+    one, again, other, held = read(), read(batch=3), read(seed=1), read(held_out=True)
+    numbers = lambda c: [int(span.doc) for spans in c.spans for span in spans]
+    assert one.documents > 12 and max(numbers(one)) > 90 and min(numbers(one)) < 30 and numbers(one) == sorted(numbers(one)) and 600 <= one.rows < 700
+    assert torch.equal(one.ids, again.ids) and numbers(one) == numbers(again) and numbers(one) != numbers(other)
+    assert {i % 2 for i in numbers(one)} == {1} and {i % 2 for i in numbers(held)} == {0}
+
+
+def test_no_half_of_a_character_is_shown(sae, lm):
+    "Windows whose neighbours were not read show whole characters, and nothing for the halves at their edges."
+    docs = [Document(str(i), "吾輩は猫である。名前はまだ無い。" * 9) for i in range(60)]
+    c = collect(sae, lm, Text("cats", lambda: iter(docs), lambda i, d: False), SITE, tokens=300, context=16)
+    shown = [x for l in range(96) for best in (c.top, c.sample) for x in contexts(c, best, l)]
+    assert len(shown) > 100 and not any("\ufffd" in x.text for x in shown) and all(x.text in docs[0].text for x in shown)
+
+
+def test_rows_far_outside_are_left_out_and_counted(sae, lm, text, tmp_path, monkeypatch):
+    "They stand in no figure and no context, and the payload says how many there were."
+    import sae_nb.collect as module
+    w = next(windows(text.documents(), lm.tokenizer, CONTEXT, 999))
+    norms = lm.read(w.ids, SITE).norm(dim=-1)
+    limit = norms[w.keep].quantile(.7).item()
+    monkeypatch.setattr(module, "norm_limit", lambda *a: limit)
+    c = collect(sae, lm, text, SITE, tokens=10**9, context=CONTEXT, batch=999)
+    assert c.left_out == int((norms[w.keep] > limit).sum()) > 100 and c.rows + c.left_out == int(w.keep.sum())
+    places = torch.cat([b.notes["place"][b.score >= 0] for b in (c.top, c.sample)])
+    assert (norms.flatten()[places] <= limit * 1.001).all() and c.counts.sum() == 6 * c.rows - (sae.encode(lm.read(w.ids, SITE)[w.keep & (norms <= limit)]).values == 0).sum()
+    sources = write_features(sae, lm, text, SITE, tmp_path / "f", tokens=1_000, context=CONTEXT, effects=0, explain=0).index["sources"]
+    assert sources["left_out"] > 0 and sources["documents"] > 10
+
+
+def test_contexts_of_a_band_are_drawn_from_it(found):
+    "They are the band's first in random order, not its strongest: their ranks within the band are those of chance."
+    ranks = []
+    for l in range(96):
+        value = found.sample.notes["value"][l, found.sample.score[l] >= 0]
+        if len(value) < 24: continue
+        order = value.argsort(descending=True, stable=True)
+        for j, band in enumerate(feature(found, l).bands):
+            mine = order[6 * j:6 * j + 6]
+            want = sorted(value[mine.sort().values[:2]].tolist(), reverse=True)
+            assert [c.act for c in band.contexts] == want
+            ranks += [(value[mine] > c.act).float().sum().item() for c in band.contexts]
+    assert len(ranks) > 200 and abs(np.mean(ranks) - 2.5) < 5 * (35 / 12 / len(ranks)) ** .5
+
+
+def test_firing_together_is_ordered_by_what_exceeds_chance():
+    "A latent that fires everywhere comes behind a rare one that fires here; one that fires less than by chance is not named."
+    beside = torch.tensor([[[0, 1, 2], [0, 1, -1], [0, 1, -1], [0, -1, 3]]])   # with latent 0: 1 on three of four, 2 and 3 on one
+    counts = torch.tensor([4, 700, 10, 400])
+    c = SimpleNamespace(rows=1_000, counts=counts, sample=SimpleNamespace(score=torch.ones(1, 4, dtype=torch.long), notes={"beside": beside}))
+    assert together(c, 0) == [[2, .25], [1, .75]] and together(c, 0, 1) == [[2, .25]]
+
+
+def test_precision_is_precision_and_recall_recall(sae, lm, text, found, monkeypatch):
+    "As the score on held-out text names them."
+    import sae_nb.dossier as dossier
+    latents = striking(found, 6)
+    real = dossier.score
+    seen = {}
+    def kept(*a, **k):
+        out = real(*a, **k)
+        seen.update({r["latent"]: r for r in out.each.rows})
+        return out
+    monkeypatch.setattr(dossier, "score", kept)
+    why = explanations(sae, lm, text, SITE, found, latents, CONTEXT, tokens=4_000)
+    assert why and all((w["precision"], w["recall"]) == (seen[l]["precision"], seen[l]["recall"]) for l, w in why.items())
+    assert any(w["precision"] != w["recall"] for w in why.values())
+    rows = [dict(latent=l, precision=.9, recall=.1) for l in latents]
+    monkeypatch.setattr(dossier, "score", lambda *a, **k: SimpleNamespace(each=SimpleNamespace(rows=rows)))
+    assert all((w["precision"], w["recall"]) == (.9, .1) for w in explanations(sae, lm, text, SITE, found, latents, CONTEXT).values())
+
+
+def test_effects_of_a_model_in_bfloat16_are_those_in_float32(sae, lm, text, tmp_path):
+    "Written ones and ones asked for later: the votes and losses of an exact copy."
+    short, full = (LM(load_lm("pylib-64", device="cpu", dtype="bfloat16").model, lm.tokenizer, "short") for _ in range(2))
+    full = LM(full.model.float(), lm.tokenizer, "short")
+    payload = write_features(sae, short, text, SITE, tmp_path, tokens=1_500, context=CONTEXT, effects=2, explain=0)
+    ids = torch.from_numpy(np.load(tmp_path / "windows.npy").astype(np.int64))
+    measured = np.flatnonzero(~np.isnan(payload.columns["effect"])).tolist()
+    for f in (payload.feature(measured[0]), Live(sae, short, payload).effect_of(measured[1])):
+        want = with_effects(sae, full, SITE, ids, f)
+        np.testing.assert_allclose(f.top[0].effect["kl"], want.top[0].effect["kl"], rtol=1e-3, atol=1e-7)
+        assert f.effect == pytest.approx(want.effect, rel=1e-3) and short.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("how, says", [(dict(tokens=0), "tokens is 0"), (dict(before=-1), "before is -1"), (dict(top=10**9), "GB of memory"), (dict(beside=0), "beside is 0")])
+def test_sizes_that_cannot_be(sae, lm, text, how, says):
+    with pytest.raises(UserError, match=says): collect(sae, lm, text, SITE, **dict(tokens=100, context=CONTEXT) | how)
+
+
+def test_a_foreign_folder_is_told_before_anything_is_read(sae, lm, text, tmp_path, monkeypatch):
+    import sae_nb.dossier as dossier
+    (tmp_path / "thesis.tex").write_text("mine")
+    monkeypatch.setattr(dossier, "collect", lambda *a, **k: pytest.fail("collected first"))
+    with pytest.raises(UserError, match="thesis.tex"): write_features(sae, lm, text, SITE, tmp_path)
+    with pytest.raises(UserError, match="T is 0"): write_features(sae, lm, text, SITE, tmp_path / "new", T=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_numbers_of_numpy_and_torch_are_taken(sae, lm, text, tmp_path):
+    "In every place of `write_features`, and the index is strict JSON."
+    n = np.int64
+    payload = write_features(sae, lm, text, SITE, tmp_path / "f", tokens=n(500), context=n(CONTEXT), effects=torch.tensor(2), explain=n(0), seed=n(3), T=n(2), shard=n(50), top=n(3), sample=n(8))
+    index = json.loads((tmp_path / "f" / "index.json").read_text(encoding="utf-8"), parse_constant=lambda x: pytest.fail(x))
+    assert index["sources"]["seed"] == 3 and index["shard"] == 50 and index["context"] == CONTEXT and payload.feature(n(7)).id == 7
+    for path in (tmp_path / "f" / "shards").iterdir(): json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda x: pytest.fail(x))
+    live = Live(sae, lm, payload)
+    assert live.effect_of(n(int(np.nanargmax(payload.columns["max"])))).effect is not None
+    with pytest.raises(UserError, match="give one string"): live.read(3)
+    with pytest.raises(UserError, match="at least 0"): striking(collect(sae, lm, text, SITE, tokens=100, context=CONTEXT), -1)
+
+
+def test_the_seed_changes_the_random_places_alone(sae, lm, text):
+    "All of a text read with two seeds: the same figures and strongest places, other random ones; with one seed, the same."
+    one, again, other = (collect(sae, lm, text, SITE, tokens=10**9, context=CONTEXT, sample=8, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one.ids, other.ids) and torch.equal(one.counts, other.counts) and torch.equal(one.top.notes["place"], other.top.notes["place"])
+    assert torch.equal(one.sample.notes["place"], again.sample.notes["place"])
+    many = one.counts > 80
+    assert many.sum() > 20 and (one.sample.notes["place"][many] == other.sample.notes["place"][many]).float().mean() < .2
+
+
+def test_the_effect_sums_up_the_strongest_contexts(sae, lm, found):
+    "Mean over the measured top contexts of their summed KL; the random ones beside them do not enter."
+    f = with_effects(sae, lm, SITE, found.ids, feature(found, striking(found, 1)[0]), top=2, random=2, T=3)
+    kls = [sum(c.effect["kl"]) for c in f.top[:2]]
+    assert f.effect == pytest.approx(sum(kls) / 2) and f.effect != pytest.approx(sum(sum(c.effect["kl"]) for c in f.random[:2]) / 2)
+    assert [c.effect is not None for c in f.top] == [True, True] + [False] * (len(f.top) - 2) and [c.effect is not None for c in f.random[:3]] == [True, True, False]
+
+
+def test_notes_of_two_explorers_are_all_kept(tmp_path):
+    "Each writes what it changed while the other does the same."
+    import threading
+    from payloads import made
+    from sae_nb.widgets.explorer import Explorer, read_notes
+    folder = made(tmp_path, n=100).folder
+    def write(start):
+        e = Explorer(folder)
+        for i in range(start, start + 20): e.notes = {**e.notes, i: f"note {i}"}
+    threads = [threading.Thread(target=write, args=(start,)) for start in (0, 50)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert set(read_notes(folder)) == {*range(20), *range(50, 70)}

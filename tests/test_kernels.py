@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from sae_nb import kernels
-from sae_nb.kernels import Gradient, Pairs, Tape, adam_rows_, encode, encode_certified, encode_float32, fast_float32, pair_dots, pair_sum, upper_bounds
-from sae_nb.sae import SAE, SAEConfig, top_k, weighted_rows
-from sae_nb.train import State, TrainConfig, forward_backward, gradients, update
+from sae_nb.kernels import Gradient, Pairs, Tape, adam_rows_, encode, encode_certified, encode_float32, held, pair_dots, pair_sum, upper_bounds
+from sae_nb.sae import SAE, SAEConfig, init_, top_k, weighted_rows
+from sae_nb.train import State, TrainConfig, forward_backward, gradients, train, update
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -190,12 +190,45 @@ def test_a_term_that_knows_nothing_of_the_tape_is_heard():
     torch.testing.assert_close(gradients(state)["W_dec"].rows(), before + 2 * sae.W_dec.detach())
 
 
-def test_no_setting_is_left_changed():
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    with pytest.raises(ZeroDivisionError), fast_float32(): 1 / 0
-    encode(torch.randn(9, 8), torch.randn(600, 8), torch.zeros(600), 4)
-    assert before == (setting.fp32_precision, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+class Flags:
+    "A setting that somebody else may look at."
+    flag = "old"
+
+
+def test_a_setting_held_by_two_is_put_back_by_the_last():
+    "One after the other, one in the other, overlapping, and after an error."
+    first, second = held(Flags, "flag", "new"), held(Flags, "flag", "new")
+    first.__enter__(); second.__enter__()
+    first.__exit__(None, None, None)
+    assert Flags.flag == "new"
+    second.__exit__(None, None, None)
+    assert Flags.flag == "old"
+    with pytest.raises(ZeroDivisionError), held(Flags, "flag", "new"): 1 / 0
+    assert Flags.flag == "old"
+    with held(Flags, "flag", "new"), held(Flags, "flag", "new"): assert Flags.flag == "new"
+    assert Flags.flag == "old"
+
+
+def settings_of_torch():
+    "The global settings that decide how a matrix product is computed."
+    kinds = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    return *kinds, torch.get_float32_matmul_precision(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("n", [64, 600])
+def test_no_setting_is_changed_even_for_a_while(n, monkeypatch):
+    "What another thread computes at any moment of a step is computed as it was before."
+    from sae_nb import dead, kernels
+    seen, before = set(), settings_of_torch()
+    def watch(module, name):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: (seen.add(settings_of_torch()), own(*a))[1])
+    for name in ("top_k", "weighted_rows", "pair_sum", "pair_dots", "product"): watch(kernels, name)
+    watch(dead, "aux_loss")
+    sae = SAE(SAEConfig(d=8, n=n, k=4))
+    cfg = TrainConfig(tokens=400, batch=100, dead_tokens=50)
+    list(train(init_(sae, x := torch.randn(100, 8)), [x] * 4, cfg, state=State(sae, cfg, dead.paper_terms(n, 8, cfg))))
+    assert seen == {before} and settings_of_torch() == before
 
 
 @pytest.mark.parametrize("how", ["exact", "bfloat16"])
@@ -211,3 +244,81 @@ peak(512); small = peak(512); print(peak(4096) - small)
     if not sys.platform.startswith("linux"): pytest.skip("memory is measured in Linux's units")
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout) / 1e3
     assert grown < 150
+
+
+# --- below the floor: what the certificate and the quick encoder promise ---------------------------------
+
+def exact_in_bfloat16(*shape): return torch.randn(*shape).bfloat16().float()
+
+
+@pytest.mark.parametrize("d", [3, 700])
+def test_upper_bounds_leave_room_for_sums_in_float32(d):
+    "Where nothing is rounded away, what remains of the margin is what a sum of d + 1 products may lose."
+    torch.manual_seed(0)
+    x, W, bias = exact_in_bfloat16(20, d), exact_in_bfloat16(300, d), exact_in_bfloat16(300)
+    left, right = upper_bounds(x, W, bias)
+    above = left.double() @ right.double().T - (x.double() @ W.double().T + bias)
+    loss = (d + 1) * 2**-24 * (x.abs().double() @ W.abs().double().T + bias.abs())
+    assert (above >= loss).all()
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_bound_that_is_rounded_down_certifies_nothing(side):
+    "All latents but one are equal; that one is larger by less than bfloat16 can tell, so its bound is theirs."
+    x, W = torch.zeros(1, 8), torch.zeros(400, 8)
+    for place in range(0, 400, 7):
+        bias = torch.full((400,), 1. * side)
+        bias[place] += .9 * 2**-8 if side > 0 else .9 * 2**-9
+        bias[(place + 1) % 400] = 100.   # a winner that no bound comes near says nothing of the others
+        values, indices, sure = encode_certified(x, W, bias, 4, 16)
+        assert not sure or place in indices
+        assert place in encode(x, W, bias, 4)[1]
+
+
+def test_the_bfloat16_encoder_chooses_in_bfloat16_and_computes_in_float32():
+    torch.manual_seed(0)
+    x, W, bias = torch.randn(40, 64), torch.randn(2_000, 64), torch.randn(2_000)
+    values, indices, rest = encode(x, W, bias, 8, "bfloat16")
+    pre = x.double() @ W.double().T + bias
+    assert values.dtype == torch.float32 and rest == 0
+    torch.testing.assert_close(values.double(), pre.gather(1, indices), rtol=1e-6, atol=1e-5)
+    true, coarse = pre.topk(8).indices, torch.addmm(bias, x.bfloat16().float(), W.bfloat16().float().T).topk(8).indices
+    same = lambda a: (indices[:, :, None] == a[:, None]).any(2).float().mean().item()
+    assert same(true) > .95 and same(coarse) > .97
+    exact = encode(x, W, bias, 8)[1]
+    assert torch.equal(exact.sort(1).values, true.sort(1).values)
+
+
+def test_a_tape_looks_less_far_again_and_tries_again_what_failed(monkeypatch):
+    "After each 64th call; not at all where 6k candidates were too few."
+    rest, looks = [0], []
+    def stub(x, W, bias, k, how, look):
+        looks.append(look)
+        return x.new_zeros(len(x), k), torch.zeros(len(x), k, dtype=torch.int64), rest[0]
+    monkeypatch.setattr(kernels, "encode", stub)
+    tape, x = Tape(SAE(SAEConfig(d=8, n=64, k=4))), torch.zeros(100, 8)
+    def calls(many, failing):
+        rest[0] = failing
+        for _ in range(many): tape.encode(x)
+    calls(10, 5)
+    assert tape.look == 1.5                                  # one row of twenty may be left
+    calls(4, 6)
+    assert looks[10:] == pytest.approx([1.5, 2.25, 3.375, 5.0625]) and tape.look > 6
+    calls(1, 6)
+    assert tape.look == 0                                    # hopeless: the plain way
+    calls(64 - tape.calls % 64, 100)
+    assert tape.look == 6                                    # tried again
+    calls(1, 0)
+    assert looks[-1] == 6 and tape.look == 6
+    for wanted in (4, 6 / 1.5**2, 6 / 1.5**3, 1.5, 1.5):
+        calls(64 - tape.calls % 64, 0)
+        assert tape.look == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_top_k_of_rows_with_more_than_65536_places(dtype):
+    "More than two bytes can count; the winners stand at the end."
+    pre = torch.randn(2, 2**16 + 5).to(dtype)
+    pre[:, -3:] = 9 + torch.arange(3).to(dtype)
+    values, indices = top_k(pre, 3)
+    assert torch.equal(indices.sort(1).values, torch.arange(2**16 + 2, 2**16 + 5).expand(2, 3)) and values.min() == 9

@@ -87,7 +87,7 @@ def test_measured_runs_stand_at_their_own_price(fitted):
 
 
 def test_a_law_over_its_own_axis():
-    flops = [dict(flops=float(c), loss=float((.2 + 40 * c**-.15) * (1 + .01 * (-1)**i))) for i, c in enumerate(np.geomspace(1e12, 1e16, 20))]
+    flops = [dict(run=i, flops=float(c), loss=float((.2 + 40 * c**-.15) * (1 + .01 * (-1)**i))) for i, c in enumerate(np.geomspace(1e12, 1e16, 20))]
     law = fit_law(flops, "c", bootstrap=50)
     e = LawExplorer(law, runs=flops, budget=1e14)
     assert e.advice == read_law(law, 1e14) and e.advice.loss == law.predict(new=True, flops=[1e14])[0] and e.advice.n is None
@@ -347,3 +347,18 @@ def test_through_jupyterlab_and_a_reload(tmp_path):
         shot(page, "lab_reloaded")
         assert not page.problems
     same_as_untouched(tmp_path)
+
+
+@needs_browser
+def test_every_chart_of_a_page_is_drawn_in_jupyterlab(tmp_path):
+    "The second and third chart come to a page that has plotly already, before their place is on it."
+    first = "import ipywidgets as w\nfrom sae_nb.show import lines\nfrom sae_nb.widgets.laws import Chart"
+    chart = "w.VBox([Chart(lines({'one': ([1, 2, 3], [3, 1, 2])}, 'Is %s drawn?', 'x', 'y')), w.HTML('x')])"
+    with lab(notebook(tmp_path, first, chart % "the first", chart % "the second", chart % "the third")) as url, chromium(size=(1280, 1800)) as page:
+        page.goto(url)
+        page.wait_for_selector(".jp-CodeCell", timeout=60_000)
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+        for i in range(4): run_cell(page, i)
+        drawn = "p => p.offsetHeight > 200 && p.querySelector('.scatterlayer path.js-line')"
+        page.wait_for_function(f"[...document.querySelectorAll('.js-plotly-plot')].filter({drawn}).length === 3", timeout=60_000)
+        assert not page.problems

@@ -97,7 +97,7 @@ def text(tmp_path_factory):
 
 IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 every_family = pytest.mark.parametrize("family", FAMILIES)
-known_blocks = pytest.mark.parametrize("family", [f for f in FAMILIES if f != "opt"])
+known_blocks = every_family
 
 
 # --- sites -------------------------------------------------------------------------------------------
@@ -161,9 +161,7 @@ def test_a_replaced_middle_reaches_both_ways_on(load, family):
         handle.remove()
     mlp = []
     lm.logits(IDS, "resid_mid.1", lambda x: new)
-    from sae_nb.lm import _hooked, _replaced, find_place, parse_site
-    with _replaced(find_place(lm.model, lm.blocks, parse_site("resid_mid.1")), lambda x: new), \
-         _hooked(find_place(lm.model, lm.blocks, parse_site("mlp_out.1")), lambda x: mlp.append(x)): lm.model(IDS)
+    with lm.watching("resid_mid.1", lambda x: new), lm.watching("mlp_out.1", lambda x: mlp.append(x)): lm.model(IDS)
     torch.testing.assert_close(caught["post"], new + mlp[0], rtol=1e-4, atol=1e-5)
     assert writes.isfinite().all()
 
@@ -264,7 +262,7 @@ def documents(text): return sorted(d.text for side in (False, True) for d in tex
 WORLD = "日本語の文章です。🦊 jumped over 🐕‍🦺 — naïve café, Ελληνικά, עברית, हिन्दी 🎉🎉 "
 
 @pytest.mark.parametrize("kind, content", [("emoji and CJK", WORLD * 150), ("lines", (WORLD + "\n") * 150), ("no newline, no space", "長" * 6000),
-                                           ("one word", "x" * 9000), ("windows lines", "the fox\r\nslept\r\n" * 600), ("with a mark", "\ufeff" + prose()), ("with NUL", "a\0b " * 2000)])
+                                           ("one word", "x" * 9000), ("windows lines", "the fox\r\nslept\r\n" * 600), ("with a mark", "a \ufeff" + prose()), ("with NUL", "a\0b " * 2000)])
 def test_any_utf8_text_trains(folder, load, tmp_path, kind, content):
     "Nothing of the text is lost or doubled, both sides of the split have some, and a run works."
     path = tmp_path / "text.weird"

@@ -1,5 +1,8 @@
 "Explanations by n-grams: the matcher against brute force, known latents, samples that nothing accidental touches, and bad input."
+import inspect
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,9 +10,10 @@ import torch
 
 from sae_nb.core import UserError, generator
 from sae_nb.lm import load_lm
-from sae_nb.n2g import START, Explanation, Pattern, cells, chosen, coded, collect, end_activation, explain, neutral_token, shorten, wrapped
+from sae_nb.n2g import START, Examples, Explanation, Pattern, cells, chosen, coded, collect, end_activation, explain, neutral_token, shorten, wrapped
 from sae_nb.sae import SAE, Channels, Code, SAEConfig, init_
-from sae_nb.simulate import Bigram, Grammar, Peaks, explanation_loss, rescaled, score, shuffled, simulate
+from sae_nb.simulate import Followers, Grammar, Peaks, explanation_loss, followers, rescaled, score, shuffled, simulate
+from sae_nb.sampling import spread
 from sae_nb.text import Document, Text, load_text, windows
 
 SITE = "resid_post.2"
@@ -32,7 +36,7 @@ def sae(lm, text):
 
 
 @pytest.fixture(scope="module")
-def bigram(lm, text): return Bigram.fit(text, lm.tokenizer, context=64, tokens=20_000)
+def tables(lm, text): return followers(text, lm.tokenizer, context=64, tokens=20_000)
 
 
 @dataclass
@@ -190,6 +194,72 @@ def test_scores_are_counted_as_defined(lm, text, sae):
     again = score(sae, lm, text, SITE, found, context=64, tokens=2_000, nulls={"other": s})
     assert again.f1.value == s.f1.value and again.f1.nulls == {"shuffled": s.f1.nulls["shuffled"], "other": s.f1.value}
     json.dumps([s.f1.to_dict(), s.each.rows])
+    both, pool = (active & told).sum().item(), {n: e.value for n, e in s.pooled.items()}
+    assert pool["precision"] == pytest.approx(both / told.sum().item()) and pool["recall"] == pytest.approx(both / active.sum().item())
+    assert pool["f1"] == pytest.approx(2 * both / (active.sum() + told.sum()).item()) and pool["precision"] != pytest.approx(pool["recall"], rel=.05)
+    assert s.pooled["f1"].settings["unit"] == "documents" and s.f1.settings["unit"] == "latents"
+    assert again.pooled["f1"].nulls == {"shuffled": s.pooled["f1"].nulls["shuffled"], "other": s.pooled["f1"].value}
+    assert s.pooled["f1"].low <= s.pooled["f1"].value <= s.pooled["f1"].high
+    other = score(sae, lm, text, SITE, found, context=64, tokens=2_000, seed=1)
+    assert other.each.column("active") != s.each.column("active"), "another seed draws other text"
+
+
+def test_a_cry_of_wolf_is_seen_in_the_pool(lm, text):
+    "Of ten latents told exactly one is told everywhere: the mean hardly sees it, the pool does; a silent latent counts zero."
+    often = Counter(torch.cat([w.ids.flatten() for w in spread(text, lm.tokenizer, 32, 2_000)]).tolist())
+    tokens = [t for t, _ in often.most_common(30)][20:]
+    known = Rules([lambda t, u, v, own=own: t == own for own in tokens])
+    exact = {l: Explanation((Pattern((t,), 1.),)) for l, t in enumerate(tokens)}
+    judged = lambda e: score(known, Words(lm.tokenizer), text, "any", e, context=32, tokens=2_000)
+    loud = judged(exact | {0: Explanation((Pattern((None,), 1.),))})
+    assert judged(exact).pooled["precision"].value == judged(exact).precision.value == 1
+    assert loud.precision.value > .85 and loud.pooled["precision"].value < .3 and loud.pooled["recall"].value == 1
+    mute = judged(exact | {0: Explanation()})
+    assert mute.precision.settings["without"] == 1 and mute.precision.value == 1 and mute.recall.value == pytest.approx(.9)
+    assert mute.f1.value == pytest.approx(.9) and mute.pooled["recall"].value < 1 and "left out" in repr(mute)
+
+
+def sides(held, seen):
+    "A text whose held-out side is other text than its training side."
+    docs = [Document(f"d{i}", (held if i % 2 else seen) * 100) for i in range(8)]
+    return Text("sides", lambda: iter(docs), lambda i, d: i % 2 == 1)
+
+
+def test_explanations_are_built_on_one_side_and_scored_on_the_other(lm):
+    "A latent that fires at words which one side alone has, and one on both sides."
+    tokens = [lm.tokenizer(w)["input_ids"] for w in (" dict", " list", " self")]
+    assert all(len(t) == 1 for t in tokens)
+    dict_, list_, self_ = (t[0] for t in tokens)
+    both = sides(" dict self", " list self")
+    known, words = Rules([lambda t, u, v: (t == dict_) | (t == list_), lambda t, u, v: t == self_]), Words(lm.tokenizer)
+    found = explain(known, words, "any", collect(known, words, both, "any", context=32, tokens=300))
+    assert [p.tokens for p in found[0].patterns] == [(list_,)] and [p.tokens for p in found[1].patterns] == [(self_,)]
+    s = score(known, words, both, "any", found, context=32, tokens=300)
+    assert s.each.column("recall") == [0, 1] and s.each.column("foretold")[0] == 0 and s.each.column("active")[0] > 0
+
+
+def test_the_first_examples_build_and_the_rest_are_foretold(lm):
+    "Two words, the first of which the building examples show: none of the reserved ones is foretold."
+    known, ids = Rules([lambda t, u, v: (t == 5) | (t == 6)]), [[7, 8, 9, 5]] * 3 + [[7, 8, 9, 6]] * 2
+    e = explain(known, Words(lm.tokenizer), "any", handmade(lm, ids, [1.] * 5), build=3, longest=3)[0]
+    assert [p.tokens for p in e.patterns] == [(5,)] and e.counts == dict(built=3, dropped=0, reserved=2, foretold=0)
+    e = explain(known, Words(lm.tokenizer), "any", handmade(lm, ids, [1.] * 5), build=4, longest=3)[0]
+    assert {p.tokens for p in e.patterns} == {(5,), (6,)} and e.counts == dict(built=4, dropped=0, reserved=1, foretold=1)
+
+
+def test_equal_patterns_share_one_value(lm):
+    "A pattern foretells the mean of the activations that its suffixes gave."
+    class Half:
+        "1 behind token 3, 3 behind any other, at token 5; what stood before is no part of the pattern."
+        def encode(self, rows): return ((rows[:, 0] == 5) * torch.where(rows[:, 1] == 3, 1., 3.))[:, None]
+        def decode(self, code): return torch.zeros(len(code), 3)
+    e = explain(Half(), Words(lm.tokenizer), "any", handmade(lm, [[7, 8, 9, 5], [7, 8, 9, 5]], [3., 3.]), longest=3)[0]
+    assert e.patterns == (Pattern((5,), 3.),)
+
+
+def test_the_seed_of_a_score_moves_the_shuffle():
+    given = {l: grammar_of(l) for l in range(8)}
+    assert shuffled(given, 0) == shuffled(given, 0) != shuffled(given, 1)
 
 
 def test_shuffling_moves_every_explanation():
@@ -255,16 +325,47 @@ def test_suffixes_are_shortest_and_saliency_as_defined(lm, text, sae):
     assert torch.equal(found.length, released.length) and (found.length > 0).any()
 
 
-def test_a_bigram_model_is_a_distribution_and_counts(lm, text, bigram):
-    for first in (12, 4000):
-        loss = bigram.loss(torch.stack([torch.full((4096,), first), torch.arange(4096)], 1))
-        assert abs(loss.neg().exp().sum() - 1) < 1e-4
-    w = next(windows(text.documents(), lm.tokenizer, 64, 1024))
-    new = [(a, b) for row, keep in zip(w.ids.tolist(), w.keep.tolist()) for a, b, k in zip(row, row[1:], keep[1:]) if k]
-    assert bigram.counts.sum() == len(new) and bigram.before[12] == sum(a == 12 for a, _ in new)
-    a, b = new[0]
-    c, t, single = sum(p == (a, b) for p in new), len({y for x, y in new if x == a}), (1 + sum(y == b for _, y in new)) / (len(new) + 4096)
-    assert abs(bigram.loss(torch.tensor([[a, b]])).item() + torch.tensor((c + t * single) / (sum(x == a for x, _ in new) + t)).log().item()) < 1e-5
+def test_a_table_of_followers_is_a_distribution(tables):
+    "The shares of all tokens behind a past add up to one, seen or not."
+    for past in ((12, 7), (4000, 3999), (7, 12)):
+        rows = torch.cat([torch.tensor([past]).expand(4096, 2), torch.arange(4096)[:, None]], 1)
+        for t in tables.values(): assert abs(t.loss(rows)[:, 1].neg().exp().sum() - 1) < 1e-4
+
+
+def test_a_table_of_followers_counts(lm, text):
+    "Against counts one by one: Witten-Bell over one and over two tokens before; no token across windows or documents."
+    seen = [w for w in spread(text, lm.tokenizer, 16, 2_000, 5, False, 1024)]
+    rows = [(row, keep) for w in seen for row, keep in zip(w.ids.tolist(), w.keep.tolist())]
+    grams = [Counter(tuple(row[i - m:i + 1]) for row, keep in rows for i in range(max(m, 1), 16) if keep[i]) for m in range(3)]
+    single = lambda t: (1 + grams[0][t,]) / (4096 + grams[0].total())
+    def share(past, t):
+        if not past: return single(t)
+        behind = {g[-1]: c for g, c in grams[len(past)].items() if g[:-1] == past}
+        kinds = len(behind)
+        return (behind.get(t, 0) + kinds * share(past[1:], t)) / (sum(behind.values()) + kinds) if behind else share(past[1:], t)
+    one, two = (Followers.fit(text, lm.tokenizer, 16, 2_000, before, 5) for before in (1, 2))
+    assert one.tokens == two.tokens == grams[0].total()
+    other = next(windows(text.documents(True), lm.tokenizer, 16, 4)).ids
+    for ids in (seen[0].ids[:4], other):
+        own, further = one.loss(ids), two.loss(ids)
+        for b, row in enumerate(ids.tolist()):
+            for i in range(1, 16):
+                assert own[b, i - 1].item() == pytest.approx(-math.log(share((row[i - 1],), row[i])), rel=1e-4)
+                assert further[b, i - 1].item() == pytest.approx(-math.log(share(tuple(row[max(0, i - 2):i]), row[i])), rel=1e-4)
+    assert two.loss(seen[0].ids[:4])[:, 1:].mean() < one.loss(seen[0].ids[:4])[:, 1:].mean() < one.loss(other)[:, 1:].mean()
+
+
+def test_tables_count_the_training_side_and_as_much_as_is_asked(lm):
+    "A follower that only the held-out side knows stays rare; the tables compared with have the size of the explanations' text."
+    held, seen = " cat dog", " cat mat"
+    docs = [Document(f"d{i}", (held if i % 2 else seen) * 400) for i in range(8)]
+    both = Text("sides", lambda: iter(docs), lambda i, d: i % 2 == 1)
+    t = followers(both, lm.tokenizer, 32, 600)
+    ids = torch.tensor([lm.tokenizer(seen * 3)["input_ids"], ]), torch.tensor([lm.tokenizer(held * 3)["input_ids"]])
+    for table in t.values(): assert table.loss(ids[0])[0, 1:].mean() + 1 < table.loss(ids[1])[0, 1:].mean() and 590 <= table.tokens <= 700
+    used = {k: p.default for k, p in inspect.signature(explanation_loss).parameters.items()}["fit"]
+    built = inspect.signature(collect).parameters["tokens"].default
+    assert inspect.signature(followers).parameters["tokens"].default == used + built
 
 
 def test_rescaling_is_least_squares(lm, text, sae):
@@ -282,7 +383,7 @@ def test_rescaling_is_least_squares(lm, text, sae):
     torch.testing.assert_close(scaled.value, plain.value * want[plain.latent].float())
 
 
-def test_explanations_that_are_the_code_lose_nothing_more(lm, text, bigram):
+def test_explanations_that_are_the_code_lose_nothing_more(lm, text, tables):
     "A latent that one pattern tells exactly: spliced explanations give the SAE's own loss; none give the bias's."
     class Last:
         "One latent that is 2 at a comma, in a dictionary that adds it to a row of its own."
@@ -295,21 +396,81 @@ def test_explanations_that_are_the_code_lose_nothing_more(lm, text, bigram):
     mlp = "transformer.wte"                                              # there a row tells its token exactly
     comma, mean = lm.read(torch.tensor([[token]]), mlp)[0, 0], lm.read(w.ids, mlp).mean((0, 1))
     exact = {0: Explanation((Pattern((token,), 1.),), opening=0), 1: Explanation(opening=0)}
-    loss = explanation_loss(Last(), lm, text, mlp, exact, context=64, tokens=1_000, fit=1_000, bigram=bigram)
+    loss = explanation_loss(Last(), lm, text, mlp, exact, context=64, tokens=1_000, fit=1_000, tables=tables)
     assert abs(loss.value - loss.nulls["sae"]) < 1e-6 and loss.nulls["clean"] < loss.value
     assert abs(loss.nulls["shuffled"] - loss.nulls["bias only"]) < 1e-6 and abs(loss.value - loss.nulls["bias only"]) > 1e-4
     assert loss.low < loss.value < loss.high and loss.settings["tokens"] >= 900
+    docs = [d for b in coded(Last(), lm, text, mlp, 64, 1_000, True) for d in b.windows.docs]
+    assert loss.settings["units"] == len(set(docs)) < len(docs) and loss.settings["unit"] == "documents"
+    assert loss.settings["counted"] == {name: t.tokens for name, t in tables.items()}
 
 
-def test_other_dictionaries_are_explained_too(lm, text, sae, bigram):
+def test_other_dictionaries_are_explained_too(lm, text, sae, tables):
     "Dense codes, channels with two signs, peaks; the loss does not depend on the batch."
     rows = lm.read(next(windows(text.documents(), lm.tokenizer, 64, 8)).ids, SITE).flatten(0, 1)
     peaks = Peaks.of(rows, .05)
     assert abs((peaks.encode(rows) > 0).float().mean() - .05) < .005
     for thing in (peaks, Channels()):
         e = explain(thing, lm, SITE, collect(thing, lm, text, SITE, context=64, tokens=1_000, latents=[1, 5]), [1, 5], build=2)
-        one, two = (explanation_loss(thing, lm, text, SITE, e, context=64, tokens=500, fit=500, batch=b, bigram=bigram) for b in (4, 7))
-        assert abs(one.value - two.value) < 1e-5 and one.nulls.keys() == {"sae", "shuffled", "bias only", "clean", "bigram"}
+        one, two = (explanation_loss(thing, lm, text, SITE, e, context=64, tokens=500, fit=500, batch=b, tables=tables) for b in (4, 7))
+        assert abs(one.value - two.value) < 1e-5 and one.nulls.keys() == {"sae", "shuffled", "bias only", "clean", "bigram", "trigram"}
+
+
+def handmade(lm, ids, values, latents=None):
+    "Examples as if they had been drawn: one a row."
+    ids = torch.tensor(ids)
+    return Examples(torch.zeros(len(ids), dtype=torch.long) if latents is None else latents, ids, torch.tensor(values), torch.arange(len(ids)), 0)
+
+
+def test_suffixes_end_at_half_and_tokens_matter_from_half(lm):
+    "A latent with graded values: exactly half suffices, exactly half matters, and less does not."
+    table = {(5,): .5, (6,): .49, (9, 6): 1.}          # what a suffix, last token last, is worth
+    class Graded:
+        def encode(self, rows):
+            own = [table.get((int(u), int(t)), table.get((int(t),), 0.)) for t, u, _ in rows]
+            return torch.tensor(own)[:, None]
+        def decode(self, code): return torch.zeros(len(code), 3)
+    found = shorten(Graded(), Words(lm.tokenizer), "any", handmade(lm, [[7, 8, 9, 5], [7, 8, 9, 6]], [1., 1.]), longest=3, pad=4)
+    assert found.length.tolist() == [1, 2] and found.value.tolist() == [.5, 1.]
+    torch.testing.assert_close(found.saliency[1, -2:], torch.tensor([1 - .49, 1.]))
+    assert found.pattern(1).tokens == (9, 6), "a token that takes away 51 % matters"
+    half = replace(found, saliency=torch.tensor([[0., 0., 0.], [0., .5, .3]]))
+    assert half.pattern(1).tokens == (9, None), "one half matters, less than that is a wildcard"
+
+
+def test_patterns_of_wildcards_only_are_dropped_and_counted(lm, text):
+    "Where no token matters by itself nothing is foretold, instead of everything everywhere."
+    class Loud:
+        "Always active: 1 at any token."
+        def encode(self, rows): return torch.ones(len(rows), 1)
+        def decode(self, code): return torch.zeros(len(code), 3)
+    examples = collect(Loud(), Words(lm.tokenizer), text, "any", context=32, tokens=500)
+    e = explain(Loud(), Words(lm.tokenizer), "any", examples)[0]
+    assert e.patterns == () and e.counts == dict(built=16, dropped=16, reserved=16, foretold=0)
+    assert Pattern((None, None), 1.).wild and not Pattern((None,), 1., True).wild and not Pattern((None, 3), 1.).wild
+
+
+def test_text_is_read_all_over_and_the_seed_draws_it(lm, text, sae):
+    "Windows come from many documents of the asked side; another seed draws others, the same seed the same."
+    def read(held_out, seed): return [b.windows for b in coded(sae, lm, text, SITE, 64, 2_000, held_out, seed=seed)]
+    sides = {held_out: {d.name for d in text.documents(held_out)} for held_out in (False, True)}
+    for held_out in sides:
+        one, again, other = read(held_out, 0), read(held_out, 0), read(held_out, 1)
+        docs = {d for w in one for d in w.docs}
+        assert len(docs) >= 8 and docs <= sides[held_out] and not docs & sides[not held_out]
+        ids = lambda ws: torch.cat([w.ids for w in ws])
+        assert torch.equal(ids(one), ids(again)) and not torch.equal(ids(one), ids(other)[:len(ids(one))])
+        assert 2_000 <= sum(int(w.keep.sum()) for w in one) < 2_100
+
+
+def test_parts_of_characters_are_shown_without_a_mark_of_loss(lm, text):
+    "A token that is a part of a character is written as the tokenizer writes it."
+    parts = [i for i in range(len(lm.tokenizer)) if "\ufffd" in lm.tokenizer.decode([i])][:2]
+    class Part:
+        def encode(self, rows): return (rows[:, :1] == parts[0]).float()
+        def decode(self, code): return torch.zeros(len(code), 3)
+    e = explain(Part(), Words(lm.tokenizer), "any", handmade(lm, [[7, 8, 9, parts[0]]], [1.]), longest=3)[0]
+    assert e.patterns[0].tokens == (parts[0],) and "\ufffd" not in repr(e) and "\\ufffd" not in repr(e)
 
 
 def test_a_neutral_token_exists_or_is_asked_for(lm):
@@ -328,13 +489,17 @@ def test_what_is_wrong_is_said_in_a_sentence(lm, text, sae):
     examples = collect(sae, lm, text, SITE, context=64, tokens=500, latents=[3])
     with pytest.raises(UserError, match="training side"): collect(sae, lm, empty, SITE, context=64)
     with pytest.raises(UserError, match="held-out side"): score(sae, lm, empty, SITE, {3: Explanation()}, context=64)
-    with pytest.raises(UserError, match="training side"): Bigram.fit(empty, lm.tokenizer, context=64)
+    with pytest.raises(UserError, match="training side"): Followers.fit(empty, lm.tokenizer, context=64)
     with pytest.raises(UserError, match="latent 256 is named but there are 256"): score(sae, lm, text, SITE, {256: Explanation()}, context=64)
     with pytest.raises(UserError, match="latent -1"): explain(sae, lm, SITE, examples, [-1, 2])
-    with pytest.raises(UserError, match="latent 900"): explanation_loss(sae, lm, text, SITE, {900: Explanation()}, context=64, bigram="not needed")
+    with pytest.raises(UserError, match="latent 900"): explanation_loss(sae, lm, text, SITE, {900: Explanation()}, context=64, tables={})
     with pytest.raises(UserError, match="no latent"): collect(sae, lm, text, SITE, context=64, latents=[])
     with pytest.raises(UserError, match="longest is 40"): explain(sae, lm, SITE, examples, [3], longest=40)
     with pytest.raises(UserError, match="longest is 0"): shorten(sae, lm, SITE, examples, longest=0)
+    with pytest.raises(UserError, match="build is 0"): explain(sae, lm, SITE, examples, [3], build=0)
+    with pytest.raises(UserError, match="per is 0"): collect(sae, lm, text, SITE, context=64, per=0)
+    with pytest.raises(UserError, match="tokens is 0"): collect(sae, lm, text, SITE, context=64, tokens=0)
+    with pytest.raises(UserError, match="batch is 0"): score(sae, lm, text, SITE, {3: Explanation()}, context=64, batch=0)
     with pytest.raises(UserError, match="between 0 and 1"): Peaks.of(torch.zeros(4, 2), 1.)
     assert chosen(None, 3).tolist() == [0, 1, 2]
 

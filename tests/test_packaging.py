@@ -1,6 +1,7 @@
 "The package as a user gets it: wheel from the sdist, installed into a fresh environment."
-import shutil, subprocess, sys, sysconfig, tarfile, venv
+import os, shutil, subprocess, sys, sysconfig, tarfile, venv
 from email.parser import Parser
+from pathlib import Path
 
 import pytest
 from book import ROOT, settings
@@ -12,7 +13,8 @@ DATA = sorted(p.relative_to(PACKAGE).as_posix() for d in ("assets", "static") fo
 
 
 def run(*args, cwd):
-    done = subprocess.run(args, cwd=cwd, capture_output=True, text=True, timeout=240)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(args, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
     if done.returncode: pytest.fail((done.stdout + done.stderr)[-6000:], pytrace=False)
     return done.stdout
 
@@ -63,7 +65,27 @@ def test_metadata_is_that_of_settings(installed, tmp_path):
     assert meta["Requires-Python"] == f">={cfg['min_python']}" and set(meta.get_all("Provides-Extra")) == set(extras)
 
 
+def test_an_editable_install_works_from_the_folder_of_the_clone(installed, tmp_path):
+    skip = shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    clone = tmp_path / "sae_nb"
+    shutil.copytree(ROOT, clone, ignore=skip)
+    env = tmp_path / "env"
+    venv.create(env, with_pip=False)
+    python = env / "bin/python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    Path(site, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(*install, "--no-build-isolation", "--editable", clone, cwd=tmp_path)
+    code = "import sae_nb; from sae_nb.text import load_tokenizer; print(sae_nb.__file__, len(load_tokenizer()))"
+    assert run(python, "-c", code, cwd=tmp_path).split() == [str(clone / "sae_nb/__init__.py"), "4096"]
+
+
 @pytest.mark.skipif("sae_nb.cli" not in MODULES, reason="there is no command line yet")
 def test_command_line_starts(installed, tmp_path):
     bin, _ = installed
     assert "train" in run(bin / "sae-nb", "--help", cwd=tmp_path)
+
+
+def test_nothing_of_the_browser_is_missing_where_ci_runs():
+    from browsing import MISSING
+    if os.environ.get("CI") and sys.platform == "linux": assert not MISSING, f"the browser tests would be left out: {MISSING} is missing"

@@ -188,6 +188,67 @@ def test_dense_probe_equals_newton_on_all_channels():
         assert abs(F.binary_cross_entropy_with_logits(x[~fit] @ w, y[~fit]) - mine.score[i]) < 1e-4 and mine.latent[i] == -1
 
 
+@pytest.mark.parametrize("find", [lambda t: probe(Channels(), t), dense_probe])
+def test_scaling_is_learned_on_the_fitted_half(find):
+    "Rows of the scored half are ten times as long and far from zero; the fit must not have seen that."
+    tasks = some_tasks(t=2)
+    fit = tasks.fit_on()
+    odd = replace(tasks, rows=torch.where(fit[:, None], tasks.rows, 10 * tasks.rows + 5))
+    here, there = find(tasks), find(odd)
+    assert torch.allclose(here.fit, there.fit, atol=1e-6) and torch.equal(here.latent, there.latent)
+    assert torch.allclose(here.weight, there.weight, rtol=1e-4) and (there.score > here.score + .2).all()
+    if here.latent[0] < 0: return
+    u = odd.rows[~fit][:, here.latent].double() * here.weight + here.bias
+    want = F.binary_cross_entropy_with_logits(u, odd.labels[~fit].double(), reduction="none").mean(0)
+    assert torch.allclose(there.score, want, rtol=1e-4)
+
+
+def test_the_best_nominee_is_scored_wherever_it_stands(monkeypatch):
+    "Nominees in another order give the same result."
+    import sae_nb.probes
+    tasks, one = some_tasks(), probe(Channels(), some_tasks())
+    monkeypatch.setattr(sae_nb.probes, "nominate", lambda *given, **how: nominate(*given, **how).flip(0))
+    other = probe(Channels(), tasks)
+    assert torch.equal(one.latent, other.latent) and torch.allclose(one.score, other.score) and torch.allclose(one.fit, other.fit)
+
+
+def test_the_interval_draws_documents_again():
+    "By hand: sums of each scored document, drawn again; the interval is wider when rows of a document agree."
+    tasks = some_tasks(t=3)
+    found, fit = probe(Channels(), tasks), tasks.fit_on()
+    assert found.losses.shape == (50, 3) and (found.rows == 40).all() and found.settings["documents"] == 50
+    u = tasks.rows[~fit][:, found.latent].double() * found.weight + found.bias
+    loss = F.binary_cross_entropy_with_logits(u, tasks.labels[~fit].double(), reduction="none")
+    docs = torch.stack([loss[tasks.group[~fit] == g].sum(0) for g in tasks.group[~fit].unique()])
+    assert torch.allclose(docs.sort(0).values, found.losses.sort(0).values, atol=1e-9)
+    e, means = found.estimate(), docs.mean(1) / 40
+    assert (e.high - e.low) / 3.92 == pytest.approx((means.std() / 50 ** .5).item(), rel=.15)
+    assert e.settings["unit"] == "documents" and e.settings["units"] == 50 and "tasks" in e.settings["not_in_it"]
+    together = replace(tasks, group=torch.arange(4_000) // 400)
+    assert probe(Channels(), together).estimate().settings["units"] == 5
+
+
+def test_differences_are_taken_on_the_same_documents():
+    "Sums are paired by document and task; results of other splits are refused."
+    tasks = some_tasks(t=3)
+    one, other = probe(Channels(), tasks), probe(Channels(), replace(tasks, rows=tasks.rows + .5 * draw(4_000, 12, seed=9)))
+    e = one.minus(other)
+    assert e.value == pytest.approx((one.score - other.score).mean().item()) and e.high < 0
+    assert one.minus(replace(other, names=[*other.names[:2], "stranger"])).value == pytest.approx((one.score - other.score)[:2].mean().item())
+    uneven = replace(tasks, group=torch.arange(4_000) // 39)
+    with pytest.raises(UserError, match="same tasks and the same seed"): one.minus(probe(Channels(), uneven))
+
+
+def test_shuffled_answers_have_lost_their_rows():
+    "Answers that one channel tells perfectly: shuffled, it tells them no better than the base rate, in both halves."
+    rows = draw(4_000, 6)
+    tasks = Tasks(["sign"], rows, rows[:, :1] > 0, torch.arange(4_000) // 40)
+    lost = tasks.shuffled()
+    agree = (lost.labels == tasks.labels).float().mean()
+    assert .45 < agree < .55 and probe(Channels(), tasks).score[0] < .05 and probe(Channels(), lost).score[0] > .67
+    assert not torch.equal(lost.labels, tasks.shuffled(1).labels)
+
+
 def test_tasks_are_cut_by_document_and_seed():
     "No document is on both sides, halves have equal numbers of documents, and the seed decides which."
     tasks = some_tasks()
@@ -215,6 +276,7 @@ def test_estimates_and_joined_results():
     e, both = one.estimate({"untrained": .7}), joined([one, two])
     assert abs(e.value - one.score.mean()) < 1e-12 and e.low < e.value < e.high and e.nulls["untrained"] == .7 and abs(e.nulls["base rate"] - one.entropy.mean()) < 1e-12
     assert both.estimate().value == pytest.approx((one.score.sum() + two.score.sum()).item() / 10) and len(both.names) == 10
+    assert both.losses.shape == (100, 10) and both.estimate().settings["units"] == 100 and both.settings["score_rows"] == 4_000
     assert one.minus(one).value == 0 and [r["explained"] for r in one.table().rows] == sorted((1 - one.score / one.entropy).tolist(), reverse=True)
 
 
@@ -222,6 +284,8 @@ def test_estimates_and_joined_results():
     (lambda t: replace(t, names=[], labels=t.labels[:, :0]), "0 tasks"),
     (lambda t: replace(t, labels=t.labels[:9]), "one answer"),
     (lambda t: replace(t, group=0 * t.group), "one document"),
+    (lambda t: replace(t, rows=t.rows[:, None]), "one vector a row"),
+    (lambda t: dense_probe(replace(t, rows=t.rows / 0)), "NaN"),
     (lambda t: probe(object(), t), "no encode"),
     (lambda t: probe(init_(SAE(SAEConfig(d=8, n=16, k=2)), t.rows[:, :8]), t), "do not fit|does not encode"),
     (lambda t: probe(Channels(), replace(t, rows=t.rows / 0)), "NaN"),
@@ -331,6 +395,27 @@ def test_code_tasks_read_the_rows_of_their_tokens(lm):
     assert torch.allclose(tasks.rows[32:64], lm.read(window, "resid_post.1")[0, 1:], atol=1e-5)
     marks = code_labels(source)
     assert torch.equal(tasks.labels[32:64], marks[torch.tensor(deciding(source, ids["offset_mapping"]))[second:second + 32]])
+
+
+def test_code_tasks_come_from_all_documents(lm):
+    "Few rows of many documents: head and tail of the text take part; seed and side decide which."
+    docs = [Document(f"d{i}", f"value_{i} = {i}\n" * 150) for i in range(40)]
+    text = Text("many", lambda: iter(docs), lambda i, d: i % 4 == 0)
+    read = lambda **how: code_tasks(lm, text, "resid_post.1", context=33, tokens=200, **how)
+    tasks, numbers = read(), lambda t: set(t.group.tolist())
+    assert max(numbers(tasks)) >= 6 and min(numbers(tasks)) <= 4 and len(numbers(tasks)) >= 4 and 200 <= len(tasks.rows) <= 300
+    assert torch.equal(read().rows, tasks.rows) and any(numbers(read(seed=s)) != numbers(tasks) for s in (1, 2, 3))
+    assert not torch.equal(read(held_out=False).rows[:200], tasks.rows[:200])
+
+
+def test_rows_far_out_are_no_rows_of_a_task(lm):
+    "They are counted and left out, with their answers."
+    whole = code_tasks(lm, prose(SOURCE * 3, SOURCE * 4), "resid_post.1", context=33, tokens=10_000, limit=math.inf)
+    norms = whole.rows.norm(dim=1)
+    cut = code_tasks(lm, prose(SOURCE * 3, SOURCE * 4), "resid_post.1", context=33, tokens=10_000, limit=norms.median().item())
+    near = norms <= norms.median()
+    assert cut.left_out == int((~near).sum()) > 0 and torch.equal(cut.rows, whole.rows[near]) and torch.equal(cut.labels, whole.labels[near])
+    assert whole.left_out == 0 and torch.equal(cut.group, whole.group[near])
 
 
 def test_code_tasks_of_nothing(lm):

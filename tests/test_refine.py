@@ -291,3 +291,37 @@ def test_what_has_no_figure_says_why():
     assert "0 active" in progressive(Silent(), x, [1, 2]).estimate().settings["missing"]
     assert "nan" not in repr(refine(Silent(), x)) and shrinkage(random_sae(), x, nulls={"silent": Silent()}).nulls == {"silent": None}
     assert shrinkage(random_sae(), x[:1]).low is None
+
+
+@pytest.mark.parametrize("normalise", ["none", "layer_norm"])
+def test_refined_values_are_kept_only_where_they_are_better(normalise, monkeypatch):
+    "Each row by itself: here the fit spoils every second row, as rounding may."
+    from sae_nb import refine as module
+    fit = module.fit_values
+    def spoiled(D, target, values, steps):
+        out = fit(D, target, values, steps)
+        out[::2] = 5 * values[::2] + 1
+        return out
+    monkeypatch.setattr(module, "fit_values", spoiled)
+    sae, x = random_sae(normalise=normalise), draw(60, 12)
+    r = refine(sae, x)
+    own = sae.encode(x)
+    kept = (sae.decode(r.code) - x).square().sum(1)
+    torch.testing.assert_close(kept, r.after)
+    assert torch.equal(r.code.values[::2], own.values[::2]) and torch.equal(r.after[::2], r.before[::2])
+    assert (kept[1::2] < r.before[1::2]).all() and not torch.equal(r.code.values[1::2], own.values[1::2])
+
+
+def test_the_pull_that_is_left_is_the_largest_over_rows_and_values():
+    "Row by row and value by value, with every case of a value that may move up, down, both ways or not at all."
+    D, target = draw(6, 4, 12), draw(6, 12, key="target")
+    start = torch.tensor([1., 1., -1., 0.]).expand(6, 4)
+    values = torch.tensor([.5, 0., -.3, 0.]).expand(6, 4).to(D)
+    worst = 0.
+    for row in range(6):
+        left = target[row] - values[row] @ D[row]
+        for j in range(4):
+            pull = (D[row, j] @ left / D[row, j].norm() / target[row].norm()).item()
+            if start[row, j] == 0: continue                                         # not active
+            worst = max(worst, pull if start[row, j] > 0 and values[row, j] == 0 else abs(pull))
+    assert worst > .1 and kkt(D, target, values, start) == pytest.approx(worst)

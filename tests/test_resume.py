@@ -103,10 +103,10 @@ def test_killed_ten_times_it_ends_with_the_same_bits(cfg, tmp_path):
 def test_what_a_killed_process_was_writing_is_cleared_away(cfg, lm, half, whole, tmp_path):
     "A half-written checkpoint is as large as a checkpoint; ten kills must not fill the disk."
     folder = shutil.copytree(half, tmp_path / "run")
-    for name in (".steps.jsonl", "checkpoint/.state.safetensors"): (folder / f"{name}.99999999.tmp").write_bytes(bytes(1000))
+    for name in (".steps.jsonl", "checkpoint/.state.safetensors"): (folder / f"{name}.999999999.sae_nb-tmp").write_bytes(bytes(1000))
     for _ in run(cfg, folder, resume=True, lm=lm): pass
     assert_same_run(folder, whole)
-    assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp")]
+    assert not [p for p in folder.rglob("*") if p.name.endswith("tmp")]
 
 
 @pytest.mark.parametrize("stop", [1, 50, 159, 160])
@@ -228,11 +228,10 @@ def test_a_damaged_line_in_the_log_ends_nothing(cfg, lm, half, tmp_path, bad):
 
 @every_damage
 def test_damaged_weights(whole, tmp_path, how):
-    "What safetensors can see of the damage gets a sentence; a flipped bit in the numbers gives a number."
+    "Whatever the damage, it is told: what safetensors does not see, the checksum does."
     folder = shutil.copytree(whole, tmp_path / "run")
     DAMAGE[how](folder / "sae.safetensors")
-    if how.endswith("bit flipped"): assert SAE.load(folder).cfg.n == 256
-    else: one_sentence(lambda: SAE.load(folder), "sae.safetensors")
+    one_sentence(lambda: SAE.load(folder), "sae.safetensors")
 
 
 # --- stores ------------------------------------------------------------------------------------------

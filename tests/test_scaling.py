@@ -115,7 +115,7 @@ def test_intervals_hold_the_planted_values(law, noise):
 
 def test_compute_in_any_unit():
     rng = np.random.default_rng(0)
-    rows = [dict(flops=float(c), loss=float((.09 + .056 * c**-.084) * np.exp(.01 * rng.standard_normal()))) for c in np.logspace(-7, -1, 60)]
+    rows = [dict(run=i, flops=float(c), loss=float((.09 + .056 * c**-.084) * np.exp(.01 * rng.standard_normal()))) for i, c in enumerate(np.logspace(-7, -1, 60))]
     small, large = fit_law(rows, "c", 100), fit_law([r | {"flops": r["flops"] * 1e25} for r in rows], "c", 100)
     for c in "be": assert small.coefficients[c].value == pytest.approx(large.coefficients[c].value, rel=1e-3)
     assert small.coefficients["e"].low < .09 < small.coefficients["e"].high
@@ -330,3 +330,97 @@ def test_an_envelope_of_several_seeds_is_one_law():
     law = fit_law(edge, "c", 100)
     assert law.coefficients["b"].high < 0 < law.coefficients["e"].low
     says("lower envelope", fit_law, recorded(k=8), "c", 100)
+
+
+# --- tables as people have them ----------------------------------------------------------------------
+
+def as_csv(rows, path, flag=str):
+    names = [*rows[0]]
+    path.write_text("\n".join([",".join(names), *(",".join(flag(r[n]) if isinstance(r[n], bool) else str(r[n]) for n in names) for r in rows)]) + "\n")
+    return path
+
+
+def test_flags_as_excel_writes_them_choose_the_same_runs(tmp_path):
+    rows = [r | {"final": end, "loss": r["loss"] * (1 if end else 1.7)} for r in single() for end in (False, True)]
+    laws = [fit_law(as_csv(rows, tmp_path / "runs.csv", flag), "n", 50) for flag in (str, lambda b: str(b).upper(), lambda b: str(b).lower(), lambda b: str(int(b)))]
+    assert len({(len(law.y), *law.theta.tolist()) for law in laws}) == 1 and len(laws[0].y) == len(rows) / 2
+
+
+def test_rows_are_chosen_by_their_values(tmp_path):
+    rows = [r | {"subject": s, "loss": r["loss"] * f} for r in single() for s, f in (("pylib-64", 1.), ("pylib-128", 2.))]
+    path = as_csv(rows, tmp_path / "runs.csv")
+    chosen = runs_of(path, {"subject": "pylib-128"})
+    assert chosen == [r for r in read_runs(path).rows if r["subject"] == "pylib-128"] and len(chosen) == len(rows) / 2
+    assert {r["n"] for r in runs_of(path, {"n": str(rows[0]["n"])})} == {rows[0]["n"]} == {r["n"] for r in runs_of(rows, {"n": np.int64(rows[0]["n"])})}
+    for wrong, word in (({"subject": "gpt2"}, "pylib-64"), ({"model": "x"}, "'model'")):
+        with pytest.raises(UserError, match=word): runs_of(path, wrong)
+
+
+def test_sentences_name_the_line_of_the_file(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("n,loss\n\n1,2\n2,3\n\n4,soon\n8,1\n")
+    with pytest.raises(UserError, match="row 6: loss is 'soon'"): fit_law(path, "n")
+    with pytest.raises(UserError, match="row 6"): fit_law(runs_of(path)[1:], "n")
+
+
+def test_data_frames_are_tables():
+    pd, pl = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    laws = [fit_law(table, "n", 50) for table in (single(), pd.DataFrame(single()), pl.DataFrame(single()))]
+    assert len({tuple(law.theta.tolist()) for law in laws}) == 1
+
+
+@pytest.mark.parametrize("value", [10**400, -10**400, "9" * 5000, True, None, float("inf")])
+def test_no_value_is_too_strange_for_a_sentence(value, tmp_path):
+    rows = single()
+    with pytest.raises(UserError) as told: fit_law([rows[0] | {"loss": value}, *rows[1:]], "n", 50)
+    assert "row 1: loss" in str(told.value) and len(str(told.value)) < 200
+
+
+def figure(noise=.004):
+    "Points of nine training curves as they are read off a figure: no size is read twice the same."
+    g = np.random.default_rng(0)
+    rows = []
+    for n in np.geomspace(1e8, 1e10, 9):
+        for tokens in np.geomspace(n, 300 * n, 12):
+            rows.append(dict(n=n * np.exp(noise * g.standard_normal()), flops=6 * n * tokens, loss=1.8 + 400 / n**.34 + 410 / tokens**.28))
+    return rows
+
+
+def test_sizes_read_off_a_figure_are_joined():
+    near = envelope(figure())
+    assert len({r["n"] for r in near.rows}) <= 9 and near.column("flops") == envelope(figure(noise=0.)).column("flops")
+    with pytest.warns(UserWarning, match="one point"): alone = envelope(figure(), tolerance=0.)
+    assert len(alone.rows) == len(figure()) > 2 * len(near.rows)
+
+
+def test_sizes_of_one_file_that_are_near_stay_apart():
+    rows = [dict(n=n, flops=6. * n * t, loss=1 + 1 / n + 1 / t) for n in (1000, 1010) for t in (1e3, 1e4, 1e5)]
+    assert len(curves(envelope(rows).rows, "flops")) == 2
+
+
+def test_a_law_of_compute_wants_to_know_the_trainings():
+    rows = [{"flops": r["flops"], "loss": r["loss"]} for r in figure()]
+    with pytest.raises(UserError, match="a column n, or run"): fit_law(rows, "c", 50)
+
+
+def test_intervals_of_a_law_of_compute_count_trainings_and_not_points():
+    g = np.random.default_rng(1)
+    def rows(name):
+        made = []
+        for i, start in enumerate(np.geomspace(1e9, 1e13, 12)):
+            own = .03 * g.standard_normal()
+            made += [{name: f"{i}", "flops": start * f, "loss": float(np.exp(own) * (.1 + 30 * (start * f)**-.2))} for f in (1., 1.1, 1.2, 1.3)]
+        return made
+    made = rows("run")
+    wide, alone = fit_law(made, "c", 300), fit_law([r | {"run": i} for i, r in enumerate(made)], "c", 300)
+    width = lambda law: law.coefficients["b"].high - law.coefficients["b"].low
+    assert width(wide) > 1.3 * width(alone)
+
+
+def test_sizes_that_err_together_are_told():
+    g = np.random.default_rng(0)
+    n = np.geomspace(64, 65_536, 16)
+    def law(errors): return fit_law([dict(n=int(m), loss=float((.1 + 3 * m**-.5) * np.exp(e))) for m, e in zip(n, errors)], "n", 50)
+    together = .01 * np.sin(np.linspace(0, 9, 16))
+    assert any("err together" in note for note in law(together).about["notes"])
+    assert not any("err together" in note for note in law(.01 * g.permutation(together / .01)).about["notes"])

@@ -149,3 +149,80 @@ def test_one_sentence_for_what_cannot_be(lm, sae, batch, rows):
     with pytest.raises(UserError, match="at least one number"): doses(sae, lm, batch, batch, SITE, 5, [])
     found = doses(sae, lm, batch.take([0]), batch.take([1, 2]), SITE, 5, [1.], directions=1)
     with pytest.raises(UserError, match="choose one of"): found.picture("loss of weight")
+
+
+def test_a_continuation_writes_text_alone(lm, sae, batch, monkeypatch):
+    "Not the likeliest of all, where that is a special token or a number that is no token."
+    from types import SimpleNamespace
+    import sae_nb.steer as steer
+    t = lm.tokenizer
+    wide = len(t) + 8
+    likeliest = torch.arange(wide).float().flip(0)   # token 0 is special and the likeliest, numbers beyond the tokenizer come next
+    likeliest[len(t):] += 2 * wide
+    likeliest[t.all_special_ids] = 4. * wide
+    monkeypatch.setattr(steer, "steered", lambda lm, ids, site=None, change=None: likeliest.expand(1, ids.shape[1], wide).clone())
+    first = next(i for i in range(wide) if i not in t.all_special_ids)
+    assert continuation(lm, batch.ids[0], count=3) == [first] * 3
+    class Tokenizer:
+        all_special_ids, added_tokens_decoder = [0], {5: SimpleNamespace(special=True), 6: SimpleNamespace(special=False)}
+        def __len__(self): return 9
+    assert steer.unwritten(SimpleNamespace(tokenizer=Tokenizer()), 12) == [0, 5, 9, 10, 11]
+
+
+def test_a_prompt_is_read_as_windows_are(lm, sae, monkeypatch):
+    "Behind the opening token, however long it is."
+    import sae_nb.steer as steer
+    text, real, seen = "def read(self):\n    ", steer.steered, []
+    assert continuation(lm, text, count=4) == continuation(lm, lm.tokens(text)[0], count=4)
+    monkeypatch.setattr(steer, "steered", lambda lm, ids, *a: (seen.append(ids), real(lm, ids, *a))[1])
+    long = torch.cat([lm.tokens(text)[0, :1], torch.arange(3, 3 + lm.context + 10)])
+    written = continuation(lm, long, count=2)
+    for j, ids in enumerate(seen):
+        want = torch.cat([long[:1], torch.cat([long[1:], torch.tensor(written[:j], dtype=torch.long)])[2 - lm.context:]])
+        assert ids.shape[1] == lm.context - 1 and torch.equal(ids[0], want)
+
+
+def test_effects_are_those_of_a_model_in_float32(lm, sae, batch):
+    "A model in bfloat16 is measured through an exact copy, small effects included."
+    from sae_nb.lm import LM
+    short = LM(load_lm("pylib-64", device="cpu", dtype="bfloat16").model, lm.tokenizer, "short")
+    full = LM(load_lm("pylib-64", device="cpu", dtype="bfloat16").model.float(), lm.tokenizer, "full")
+    chosen, seen = batch.take([0, 1, 2]), batch.take([3, 4, 5])
+    mine, want = (doses(sae, m, chosen, seen, SITE, 5, [.05, 2.], directions=1) for m in (short, full))
+    assert short.dtype == torch.bfloat16 and mine.words == want.words
+    for name in mine.effects:
+        for a, b in zip(mine.effects[name], want.effects[name]): assert a.value == pytest.approx(b.value, rel=1e-4) and a.nulls["random"] == pytest.approx(b.nulls["random"], rel=1e-4)
+
+
+def test_intervals_draw_whole_documents(lm, sae):
+    "A document told twice adds nothing to what is known: the interval of eight windows of four texts is that of four windows."
+    docs = [Document(str(i), f"def f{i}(self, x):\n    return x * {i} + self.value[{i}]  # a comment, and another\n" * 6) for i in range(4)]
+    some = next(windows(docs, lm.tokenizer, 32, 40))
+    first = some.take([i for i, d in enumerate(some.docs) if i == some.docs.index(d)])
+    twice = first.take([0, 0, 1, 1, 2, 2, 3, 3][:2 * len(first)])
+    one, two = (doses(sae, lm, first, w, SITE, 5, [3.], directions=1, words=[9, 10]).effects["loss"][0] for w in (first, twice))
+    assert two.value == pytest.approx(one.value) and (two.low, two.high) == pytest.approx((one.low, one.high)) and two.settings["units"] == len(first) == 4
+
+
+def test_numbers_of_numpy_and_torch(lm, sae, batch, rows):
+    import numpy as np
+    torch.testing.assert_close(clamping(sae, np.int64(5), np.float32(4.))(rows), clamping(sae, 5, 4.)(rows))
+    torch.testing.assert_close(clamping(sae, torch.tensor(5), torch.tensor(4.))(rows), clamping(sae, 5, 4.)(rows))
+    found = doses(sae, lm, batch.take([0]), batch.take([1, 2]), SITE, np.int64(5), np.array([1., 2.]), words=torch.tensor([9, 10]), directions=np.int64(1), seed=np.int64(0))
+    assert found.values == [1., 2.] and found.latent == 5 and len(found.words) == 2
+    for wrong in (float("nan"), float("inf"), "3", None, 1e38): pytest.raises(UserError, clamping, sae, 5, wrong)
+    for wrong in (1.5, "3", None, True, -1, 48, 10**30): pytest.raises(UserError, lambda: clamping(sae, wrong, 1.)(rows))
+
+
+def test_two_threads_do_not_disturb_each_other(lm, sae, batch):
+    "Doses in one thread and plain reading in another, on one model, are what they are alone."
+    from concurrent.futures import ThreadPoolExecutor
+    chosen, seen = batch.take([0, 1, 2]), batch.take([3, 4, 5])
+    dose = lambda: doses(sae, lm, chosen, seen, SITE, 5, [2.], words=[9, 10], directions=1).effects["kl"][0].value
+    plainly = lambda: lm.logits(batch.ids)
+    want, clean = dose(), plainly()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [(pool.submit(dose), pool.submit(plainly)) for _ in range(6)]
+        for a, b in jobs:
+            assert a.result() == pytest.approx(want, rel=1e-4)
+            torch.testing.assert_close(b.result(), clean, rtol=1e-3, atol=1e-3)

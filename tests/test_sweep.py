@@ -1,15 +1,17 @@
 "A sweep trains side by side what it would have trained alone, survives any kill, and ends in one table."
-import csv, multiprocessing, random, time
+import csv, multiprocessing, random, shutil, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 import sae_nb.acts
+from sae_nb.acts import Block
 from sae_nb.core import UserError
 from sae_nb.lm import load_lm
 from sae_nb.runs import RunConfig, run
-from sae_nb.sweep import flops_per_row, grid, side_by_side, sweep, sweep_rows, write_table
+from sae_nb.sweep import _remembered, flops_per_row, grid, side_by_side, sweep, sweep_rows, write_table
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,42 @@ def test_the_table_counts_compute_and_marks_the_end(runs, whole):
 def test_nothing_to_do_is_said(tmp_path):
     with pytest.raises(UserError, match="no finished run"): write_table(tmp_path)
     with pytest.raises(UserError, match="no runs"): list(sweep({}, tmp_path))
+
+
+def test_values_that_look_alike_are_runs_of_their_own(base, tmp_path):
+    for name in ("a/b", "a_b", "b", "a b"): (tmp_path / name).mkdir(parents=True)
+    values = ["a/b", "a_b", "b", "a b", str(tmp_path / "a/b"), str(tmp_path / "b"), "256", "pylib-256"]
+    runs = grid(base, text=values)
+    assert len(runs) == len(values) and [cfg.text for cfg in runs.values()] == values
+    assert all("/" not in name and " " not in name for name in runs)
+
+
+def test_a_table_is_in_the_order_of_its_numbers(runs, whole):
+    shutil.copytree(whole / "n64-k4", whole / "n1024-k4")
+    try: names = [row["run"] for row in sweep_rows(whole) if row["final"]]
+    finally: shutil.rmtree(whole / "n1024-k4")
+    assert names == ["n64-k4", "n64-k8", "n128-k4", "n128-k8", "n1024-k4"]
+
+
+def test_threads_that_read_ahead_find_what_they_ask_for():
+    for trial in range(60):
+        blocks = list(_remembered(iter([Block(2, lambda i=i: torch.full((2,), float(i))) for i in range(12)])))
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda i: blocks[i % 12].read()[0].item(), range(96)))
+        assert found == [float(i % 12) for i in range(96)]
+
+
+def test_a_sweep_does_not_mix_two_texts_of_one_name(base, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("one two three four five six seven\n" * 2_000)
+    few = replace(base, text=str(path), tokens=2_048)
+    list(sweep(grid(few, n=[64]), tmp_path / "sweep"))
+    path.write_text("one two three four five six eight\n" * 2_000)
+    with pytest.raises(UserError, match="text digest"): list(sweep(grid(few, n=[64, 128]), tmp_path / "sweep"))
+
+
+def test_a_run_killed_between_its_two_files_can_be_evaluated(runs, whole, tmp_path):
+    from sae_nb.sae import SAE
+    shutil.copytree(whole / "n64-k4", tmp_path / "run")
+    (tmp_path / "run/cfg.json").unlink()
+    assert SAE.load(tmp_path / "run").cfg.n == 64

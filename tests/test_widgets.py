@@ -39,7 +39,7 @@ def test_notes_are_kept_and_shared(own):
     one.notes = {1: "one, again"}
     assert Explorer(own).notes == {1: "one, again", 3: "trois\n日本"}
     assert json.loads((own.folder / "notes.json").read_text(encoding="utf-8")) == {"1": "one, again", "3": "trois\n日本"}
-    assert not [p for p in own.folder.iterdir() if p.name.endswith(".tmp")]
+    assert not [p for p in own.folder.iterdir() if p.name.endswith("tmp")]
 
 
 @pytest.mark.parametrize("text", ['{"1": "cut', '{"1": 5}', '{"x": "y"}', "[1]"])

@@ -25,7 +25,7 @@ async function render({ model, el }) {
   el.append(box);
   label();
   const Plotly = await plotly(model);
-  if (!box.isConnected && !el.parentNode) return;
+  // A page that has plotly already comes here before the box is on it: it is drawn at once, and sized when it is seen.
 
   const config = { displaylogo: false, displayModeBar: false };
   const draw = () => Plotly.react(box, structuredClone([...(model.get("spec").data ?? []), ...model.get("marks")]), layout(model), config);

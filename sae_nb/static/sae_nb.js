@@ -1,7 +1,7 @@
 // Every view of sae_nb: in a notebook anywidget calls `render`, in a static page `page` does, with a model of its own.
 // A model has get, set, save_changes, send, on and off; nothing else of the host is used, and nothing is fetched.
 
-const MARKS = { " ": "·", "\n": "⏎", "\t": "⇥" };
+const MARKS = { " ": "·", "\n": "⏎", "\t": "⇥", "\x7f": "␡", "\xa0": "⍽" };
 const NAMES = { density: "density", mean: "mean", second: "second moment", skew: "skew", kurtosis: "kurtosis", max: "maximum", effect: "effect" };
 const ROW = 40;   // height of a row of the list, as in the style sheet
 const SHOWN = 5;  // contexts shown before "more"
@@ -34,7 +34,14 @@ const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 
 /** A token with each of its characters as one visible character. */
 function visible(token) {
-  return [...token].map((c) => MARKS[c] ?? (/[\p{C}\p{Z}]/u.test(c) ? "�" : c)).join("") || "∅";
+  return [...token].map((c) => MARKS[c] ?? mark(c)).join("") || "∅";
+}
+
+/** A character, or a picture for one that has none; a lone half is none. */
+function mark(c) {
+  if (/\p{Cs}/u.test(c)) return "�";
+  if (/\p{Z}/u.test(c)) return "␣";
+  return c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : /\p{C}/u.test(c) ? "▯" : c;
 }
 
 /** The same as nodes: whitespace marks step back, a line may break after them, and does after a newline. */

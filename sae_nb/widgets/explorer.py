@@ -6,14 +6,15 @@
 __all__ = ['striking', 'points', 'head', 'overview', 'state', 'read_notes', 'write_notes', 'Explorer']
 
 # %% ../../nbs/52_explorer.ipynb #abc0c981
-import json, math
+import json, math, time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import anywidget
 import numpy as np
 from traitlets import Bytes, Dict, Int, List, Unicode, observe, validate
 
-from ..core import UserError, check, read_json, reason, short, write_atomic
+from ..core import UserError, check, lock, read_json, reason, short, write_atomic
 from ..features import COLUMNS, Feature, Payload, pack
 from ..page import visible
 from ..show import ACTIVATION, GRID, INK
@@ -87,6 +88,17 @@ def read_notes(folder) -> dict:
     check(all(k.isdigit() and isinstance(v, str) for k, v in notes.items()), f"{path} holds something else than notes, a text for each latent: restore or remove it")
     return {int(k): v for k, v in notes.items()}
 
+@contextmanager
+def _held(folder):
+    "Hold a folder; another explorer that writes its notes there is waited for."
+    with ExitStack() as stack:
+        for turn in range(200):
+            try: stack.enter_context(lock(folder)); break
+            except UserError:
+                if turn == 199: raise
+                time.sleep(.02)
+        yield
+
 def write_notes(folder, notes:dict):
     "Write notes beside a payload; a reader never sees half a file."
     text = json.dumps({str(k): v for k, v in sorted(notes.items())}, ensure_ascii=False, indent=1)
@@ -140,8 +152,9 @@ class Explorer(Snapshot, anywidget.AnyWidget):
         if not self.payload.folder: return
         old, new = change["old"], change["new"]
         try:
-            notes = {k: v for k, v in read_notes(self.payload.folder).items() if k in new or k not in old}
-            write_notes(self.payload.folder, notes | {k: v for k, v in new.items() if old.get(k) != v})
+            with _held(self.payload.folder):
+                notes = {k: v for k, v in read_notes(self.payload.folder).items() if k in new or k not in old}
+                write_notes(self.payload.folder, notes | {k: v for k, v in new.items() if old.get(k) != v})
             self.problem = ""
         except (OSError, UserError) as e: self.problem = f"Notes are not saved: {reason(e)}."
 
