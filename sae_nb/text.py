@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .alike import apart, choose, lot, prints, shared
 from .core import UserError, check, digest, reason
-from .tables import is_empty, rows_of, text_column
+from .tables import FILES, TableFile, is_empty, rows_of, text_column
 
 # %% ../nbs/03_text.ipynb #40e65266
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def hub_dataset(name:str,           # owner/name on the hub, or a folder written
         raise UserError(f"text {name!r} is no file or folder here, and no data set of that name could be read ({reason(e)}): check the name and the network") from None
 
 # %% ../nbs/03_text.ipynb #39fd53b1
-def load_text(name,                     # `pylib`, a file, a folder, a folder of `datasets`, owner/name on the hub, or a table or list of texts
+def load_text(name,                     # `pylib`, a file, a folder, a folder of `datasets`, owner/name on the hub, a table, or a list of texts
               column:str=None,          # of a table, the one with the text; None: chosen by name and content
               one_document:bool=False   # let every window of tokens hold a single document
              ) -> Text:
@@ -286,13 +286,19 @@ def _named_text(name, column):
         return table_text(name, column=column)
     name = os.fspath(name)
     check(name, "text is an empty name: give `pylib`, a file, a folder, or owner/name of a data set on the hub")
-    if name == "pylib": return Text(name, _packaged, lambda i, doc: doc.held)
+    if name == "pylib": return _without_columns(Text(name, _packaged, lambda i, doc: doc.held), column)
     path = Path(name).expanduser()
     if path.is_dir() and any((path / f).exists() for f in ("dataset_info.json", "dataset_dict.json")): return hub_dataset(str(path), column=column)
-    if path.exists(): return text_files(str(path))
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix.lower() in (".txt", ".md", ".json", ".jsonl", ".csv", ".py")
+    if path.is_file() and path.suffix.lower() in FILES: return table_text(TableFile(path), str(path), column)
+    if path.exists(): return _without_columns(text_files(str(path)), column)
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.suffix.lower() in (".txt", ".md", ".json", ".py", *FILES)
     check(hub, f"text {name!r} does not exist: give `pylib`, a file, a folder, or owner/name of a data set on the hub")
     return hub_dataset(name, column=column)
+
+def _without_columns(text, column):
+    "`text`, and a warning when a column of it is asked for."
+    if column: warnings.warn(f"text {text.name!r} is no table: its column {column!r} is not looked for", stacklevel=4)
+    return text
 
 # %% ../nbs/03_text.ipynb #d0a00e76
 def load_tokenizer(folder=None):  # a folder with a tokenizer, or a hub name; the packaged one by default

@@ -1,5 +1,5 @@
 "Texts: which documents are held out, which column of a table is read, what a window holds."
-import os, random, subprocess, sys, warnings
+import csv, json, os, random, subprocess, sys, warnings
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 
 from sae_nb.alike import apart, choose, lot, prints, shared
 from sae_nb.core import UserError
+from sae_nb.tables import FILES
 from sae_nb.text import Document, Text, Words, is_held_out, load_text, load_tokenizer, pieces, python_topics, text_files, windows
 
 
@@ -170,6 +171,43 @@ def test_rows_without_a_text_are_passed_over():
     assert [d.text for d in load_text(rows).read()] == PROSE
     assert [d.text for d in load_text(pandas.DataFrame(rows)).read()] == PROSE
     assert [d.text for d in load_text([None, *PROSE]).read()] == PROSE
+
+
+def table_file(path, rows):
+    "Rows in a file of the kind that its ending says."
+    if path.suffix == ".jsonl": path.write_text("".join(json.dumps(r) + "\n\n" for r in rows), encoding="utf-8")
+    elif path.suffix == ".parquet": pytest.importorskip("polars").DataFrame(rows).write_parquet(path)
+    else:
+        with open(path, "w", encoding="utf-8-sig", newline="") as f:
+            out = csv.DictWriter(f, rows[0].keys(), dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+            out.writeheader(); out.writerows(rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", FILES)
+def test_a_file_of_a_table_is_read_by_its_columns(tmp_path, ending):
+    "Texts with commas, quotes, tabs and line breaks, one longer than the csv module takes by itself; chosen, named, and asked for."
+    texts = PROSE[:-1] + ['A "quoted", \tlong\ntext. ' * 9_000]
+    path = table_file(tmp_path / f"t{ending}", named_rows(page=ADDRESSES, answer=texts))
+    with pytest.warns(UserWarning, match="'answer'"): chosen = load_text(path)
+    for text in (chosen, load_text(path, column="answer")): assert [d.text for d in text.read()] == [d.text for d in text.read()] == texts
+    assert [d.text for d in load_text(path, column="page").read()] == ADDRESSES
+    with pytest.raises(UserError, match="no column 'other'.*page, answer"): load_text(path, column="other")
+
+
+def test_a_file_that_is_no_table_of_its_kind_gets_a_sentence(tmp_path):
+    for name, content, said in (("a.csv", b"a,text\n1,one\n2,two,three\n", "row 1.*more values"), ("b.csv", b"text\n\xff\xfe\n", "UTF-8"),
+                                ("c.jsonl", b'{"text": "one"}\n{"text": \n', "line 2.*JSON"), ("d.jsonl", b"[" * 100_000, "line 1.*JSON"),
+                                ("e.jsonl", b"3\n", "int"), ("f.parquet", b"PAR1, or not", "parquet"), ("g.csv", b"", "empty"), ("h.tsv", b"text\n", "empty")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=said) as told: list(load_text(tmp_path / name).read())
+        assert "\n" not in str(told.value)
+
+
+def test_a_column_of_what_has_none_is_told(tmp_path):
+    (tmp_path / "notes.txt").write_text("Some words in a file. " * 30)
+    for name in ("pylib", tmp_path / "notes.txt", tmp_path):
+        with pytest.warns(UserWarning, match="no table.*'answer'"): load_text(name, column="answer")
 
 
 @pytest.mark.parametrize("wrong, said", [(3, "int"), (None, "NoneType"), ([], "empty"), ([3], "int"), ([{"a": 1}], "none holds text"), ("", "empty name"),
