@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['UserError', 'check', 'reason', 'plain', 'short', 'Table', 'Estimate', 'setting', 'Config', 'as_path', 'read_json',
-           'write_atomic', 'to_json', 'write_json', 'digest', 'same', 'sweep_leftovers', 'lock', 'free_memory',
-           'room_for', 'seed_all', 'generator', 'pick_device', 'fast_dtype']
+           'is_deep', 'write_atomic', 'to_json', 'write_json', 'digest', 'same', 'sweep_leftovers', 'lock',
+           'free_memory', 'room_for', 'is_memory', 'seed_all', 'generator', 'pick_device', 'fast_dtype']
 
 # %% ../nbs/00_core.ipynb #1e425a30
 import hashlib, html, json, math, os, random, re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral, Real
@@ -121,12 +121,13 @@ def setting(default,       # the value when nothing is said; `...` makes the fie
     return field(**value, metadata=dict(help=help, choices=choices))
 
 # %% ../nbs/00_core.ipynb #a303107c
-def _settled(value, kind):
+def _settled(value, kind, name=""):
     "`value` as the plain Python value that a field of type `kind` keeps: numbers of numpy and paths are taken too."
     value = plain(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        check(abs(value) < 1e300, f"{str(value)[:20]}… is too large for a number here: give a smaller one")
-    if kind is int and isinstance(value, float) and value.is_integer(): return int(value)
+    if kind is int and isinstance(value, float) and value.is_integer(): value = int(value)
+    if isinstance(value, int):
+        most = 10**300 if kind is float else 2**63   # whole numbers are counts and seeds
+        check(abs(value) < most, f"{name} is a number of some {value.bit_length() * 3 // 10:,} digits, which is too large: give one below {most:.0e}")
     return os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
 
 def _fits(value, kind):
@@ -143,7 +144,7 @@ class Config:
     "Base of every configuration: frozen, checked once, JSON in and out."
     def __post_init__(self):
         for f in fields(self):
-            object.__setattr__(self, f.name, _settled(getattr(self, f.name), f.type))
+            object.__setattr__(self, f.name, _settled(getattr(self, f.name), f.type, f.name))
             v, choices = getattr(self, f.name), f.metadata.get("choices")
             check(_fits(v, f.type), f"{f.name} is {v!r}, but {_articled(f.type)} was expected: {f.metadata.get('help', '')}")
             check(not choices or v in choices, f"{f.name} is {v!r}: choose one of {', '.join(map(str, choices or ()))}")
@@ -191,23 +192,40 @@ def read_json(path):
     except ValueError as e: raise UserError(f"{path} is not readable as JSON ({reason(e)}): {damaged}") from None
     kind = type(content).__name__
     check(isinstance(content, dict), f"{path} holds {kind} where named values were expected: {damaged}")
+    check(not is_deep(content), f"{path} is nested too deeply to be a file of this library: {damaged}")
     return content
+
+def is_deep(content, most:int=100) -> bool:
+    "Do lists and named values in `content` stand in each other more than `most` times? What is too deep cannot be written, compared or shown."
+    inner = [content]
+    for _ in range(most):
+        inner = [v for x in inner for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, (dict, list))]
+        if not inner: return False
+    return True
 
 # %% ../nbs/00_core.ipynb #6441da18
 def write_atomic(path,            # where the content shall stand
                  content          # str, bytes, or a function that writes the temporary path it is given
                 ):
-    "Write `path` so that it is never seen half written, even when the process is killed."
+    "Write `path` so that it is never seen half written, even when the process is killed; a disk that does not take it is a `UserError`."
     path = as_path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.sae_nb-tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if callable(content): content(tmp)
         else: tmp.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         tmp.chmod(0o666 & ~_umask())   # some writers make files that only their owner can read
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    except Exception as e:
+        if not isinstance(e, OSError) and type(e).__name__ != "SafetensorError": raise
+        why = getattr(e, "strerror", None) or reason(e)
+        raise UserError(f"{path} cannot be written ({why}): check its folder and permissions, or free some room on its disk") from None
+    finally: _removed(tmp)
+
+def _removed(path):
+    "Remove a file if it is there and its folder lets it go."
+    with suppress(OSError): path.unlink(missing_ok=True)
 
 @lru_cache
 def _umask():
@@ -304,8 +322,11 @@ def sweep_leftovers(folder):   # one that has proved ours
 def lock(folder):   # where one process at a time may write
     "Hold `folder` while open; a process that finds it held gets a `UserError`."
     path = as_path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as e: raise UserError(f"{folder} cannot be written ({e.strerror or e}): check its permissions and the room on its disk") from None
+    with file as f:
         try: _hold(f)
         except OSError: raise UserError(f"{folder} is in use by another process: wait until it ends, or choose another folder") from None
         yield
@@ -332,6 +353,10 @@ def room_for(nbytes:int,   # bytes that are about to be taken
     free = free_memory()
     gb = f"{nbytes / 1e9:,.1f} GB"
     check(free is None or nbytes <= free, f"{what} need {gb} of memory but {(free or 0) / 1e9:,.1f} GB are free: choose fewer")
+
+def is_memory(e:BaseException) -> bool:
+    "Does `e` say that memory is full, of this machine or of an accelerator?"
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ("allocate memory" in str(e) or "out of memory" in str(e))
 
 # %% ../nbs/00_core.ipynb #59175c58
 def seed_all(seed:int=0):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from sae_nb.core import (Config, Estimate, UserError, digest, generator, lock, plain, read_json, room_for, same, setting, short,
+from safetensors import SafetensorError
+from sae_nb.core import (Config, Estimate, UserError, digest, generator, is_memory, lock, plain, read_json, room_for, same, setting, short,
                          sweep_leftovers, to_json, write_atomic, write_json)
 
 numbers = st.floats() | st.integers() | st.booleans() | st.none()
@@ -45,11 +46,15 @@ def test_settings_take_numbers_of_numpy_and_paths():
     assert Sizes(n=4.0).n == 4
     for bad in (dict(n=True), dict(n=2.5), dict(lr=math.nan), dict(lr="1"), dict(n=None), dict(lr=10**400)):
         with pytest.raises(UserError): Sizes(**bad)
+    for bad in (dict(n=10**5_000), dict(n=-2**63), dict(n=1e30), dict(lr=10**5_000)):
+        with pytest.raises(UserError, match=f"{next(iter(bad))} .*too large"): Sizes(**bad)
+    assert Sizes(n=2**63 - 1, lr=10**299).n == 2**63 - 1
     with pytest.raises(UserError, match="how is 'other': choose one of raw, normed"): Sizes(how="other")
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"null"],
-                         ids=["empty", "list", "cut", "not UTF-8", "deep", "long number", "null"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"null",
+                                     b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}"],
+                         ids=["empty", "list", "cut", "not UTF-8", "deep", "long number", "null", "readable and too deep to be used"])
 def test_a_bad_file_is_one_sentence(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
@@ -116,8 +121,26 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "f.json"
     write_json(path, {"a": 1})
     def fail(tmp): tmp.write_text("half"); raise OSError(28, "No space left on device")
-    with pytest.raises(OSError): write_atomic(path, fail)
+    def also(tmp): tmp.write_text("half"); raise SafetensorError("Error while serializing: No space left")
+    for failing in (fail, also):
+        with pytest.raises(UserError, match="f.json cannot be written .*No space left.*disk"): write_atomic(path, failing)
     assert read_json(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["f.json"]
+    for below in (path / "g.json", path / "deeper/g.json"):
+        with pytest.raises(UserError, match="g.json cannot be written"): write_json(below, {})
+    with pytest.raises(UserError, match="f.json cannot be written"), lock(path): pass
+
+
+def test_what_is_nested_like_our_own_files_is_read(tmp_path):
+    content = {"a": 1}
+    for _ in range(40): content = {"a": [content]}
+    write_json(tmp_path / "f.json", content)
+    assert read_json(tmp_path / "f.json") == content
+
+
+def test_a_full_memory_is_known_by_what_is_said():
+    torch_says = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    assert is_memory(MemoryError()) and is_memory(torch_says) and is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_memory(RuntimeError("shapes differ")) and not is_memory(OSError("out of memory"))
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
