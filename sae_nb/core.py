@@ -33,8 +33,9 @@ def reason(e:Exception) -> str:
 # %% ../nbs/00_core.ipynb #94acd6e8
 def plain(x):
     "Python's own number for a number of numpy or a tensor of one element; anything else as it is."
-    if x is None or isinstance(x, (bool, int, float, str)): return x
+    if type(x) in (bool, int, float, str): return x
     if getattr(x, "shape", None) == () and hasattr(x, "item"): return x.item()
+    if x is None or isinstance(x, (int, float, str)): return x
     if isinstance(x, Integral): return int(x)
     return float(x) if isinstance(x, Real) else x
 

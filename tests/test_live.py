@@ -100,6 +100,20 @@ def test_one_sentence_when_something_is_missing(fitted):
     with pytest.raises(UserError, match="all three or none"): LawExplorer(fitted["law"], fitted["cost"])
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch", "pandas", "polars"])
+def test_runs_budgets_and_ks_of_every_library(fitted, library):
+    "A table of runs, a scalar and a list of numbers of any library do what plain ones do."
+    module = pytest.importorskip(library)
+    of = dict(numpy=np.array, torch=lambda x: module.tensor(x, dtype=module.float64)).get(library) or (lambda x: module.Series(x))
+    runs = module.DataFrame(fitted["runs"]) if hasattr(module, "DataFrame") else [{name: of([v])[0] for name, v in r.items()} for r in fitted["runs"]]
+    made = LawExplorer(fitted["law"], fitted["cost"], fitted["need"], advise, runs=runs, ks=of([8, 128]), budget=of([1e15])[0])
+    plain = LawExplorer(fitted["law"], fitted["cost"], fitted["need"], advise, runs=fitted["runs"], ks=[8, 128], budget=1e15)
+    assert made.snapshot().spec() == plain.snapshot().spec() and made.advice == plain.advice
+    made.budget = plain.budget = 1e16
+    made._chart.line = of([2e15])[0]
+    assert type(made.budget) is float and abs(made.budget / 2e15 - 1) < 1e-6
+
+
 def test_a_law_is_anything_that_predicts(fitted):
     class Foreign:
         form, span = type("Form", (), dict(x=("n",))), dict(n=(10., 1e3))
@@ -145,6 +159,19 @@ def test_traffic_counts_each_death_and_each_revival():
     shares = [traffic.add(d) for d in dead]
     died, revived = (sum(int(b[j] and not a[j]) for a, b in pairs for j in range(64)) for pairs in (list(zip(dead, dead[1:])), list(zip(dead[1:], dead))))
     assert (traffic.died, traffic.revived) == (died, revived) and shares[-1] == (dead[-1].mean(), died / 64, revived / 64)
+
+
+def test_steps_totals_and_shares_of_tensors_and_arrays():
+    "Steps that carry tensors, dead latents as a tensor, densities in bfloat16 that require a gradient: as from plain numbers."
+    import torch
+    density = torch.tensor([0., .5, .25], dtype=torch.bfloat16, requires_grad=True)
+    def some(of): return (Step(of(i), of(10 * i), of(1. / i), of(1. / i), {}, of(.25), of(1e-3), of(1.), of(100.), 0., .1, of(1. / i)) for i in range(1, 8))
+    for of, dead in ((torch.tensor, torch.tensor([True, False, False])), (np.array, np.array([1, 0, 0])), (lambda x: x, [True, False, False])):
+        monitor = Monitor(some(of), total=of(70), density=lambda: density, dead=lambda: dead, every=of(0.))
+        list(monitor)
+        assert monitor._bar.value == 1 and monitor._kept.columns()[2] == [1 / 3] * 7
+        specs = {name: p.spec() for name, p in monitor.pictures().items()}
+        assert set(specs) == {"loss", "dead", "density"} and specs == first if of is not torch.tensor else (first := specs)
 
 
 def test_panels_show_what_there_is():

@@ -1,7 +1,9 @@
 "Tokens, card and explorer as Python objects: what they promise without a browser."
 import json
+from dataclasses import replace
 import xml.etree.ElementTree as tree
 
+import numpy as np
 import pytest
 from payloads import made
 
@@ -59,6 +61,59 @@ def test_notes_damaged_meanwhile_are_told_in_the_page(own):
     assert e.problem == "" and Explorer(own).notes[2] == "two"
 
 
+def need(library): return pytest.importorskip(library)
+
+
+LIBRARIES = dict(list=list, tuple=tuple, numpy=np.array, torch=lambda x: need("torch").tensor(x),
+                 pandas=lambda x: need("pandas").Series(x, index=range(7, 7 + len(x))), polars=lambda x: need("polars").Series(x))
+of_every_library = pytest.mark.parametrize("of", LIBRARIES.values(), ids=LIBRARIES)
+
+
+def first(x): return x.iloc[0] if hasattr(x, "iloc") else x[0]
+
+
+def is_plain(x): return json.loads(json.dumps(x)) == x
+
+
+@of_every_library
+def test_numbers_of_every_library_are_taken(own, of):
+    "A scalar, and a list of them, of numpy, torch, pandas and polars, wherever a widget takes numbers; what is kept is plain."
+    texts = ["a", "b", "c"] if of is LIBRARIES["torch"] else of(["a", "b", "c"])
+    t = Tokens(texts, of([1., 0., .5]), pick=first(of([2])), scale=first(of([2.5])))
+    assert (t.tokens, t.values, t.picked, t.scale) == (["a", "b", "c"], [1., 0., .5], 2, 2.5)
+    t.picked, t.scale, t.values = first(of([1])), first(of([4])), of([0, 3, 2])
+    assert (t.picked, t.scale, t.values) == (1, 4, [0, 3, 2])
+    e = Explorer(own)
+    e.selected, e.pinned, e.lasso, e.notes = first(of([5])), of([3, 3, 8]), of([1, 2]), {first(of([7])): "seven"}
+    assert (e.selected, e.pinned, e.lasso, e.notes) == (5, [3, 8], [1, 2], {7: "seven"})
+    e.live = lambda text: dict(tokens=["a", "b"], latents=[of([1, 4]), of([2])], values=[of([2., .5]), of([1.])])
+    e.text = "a b"
+    assert e.answer == dict(text="a b", tokens=["a", "b"], latents=[[1, 4], [2]], values=[[2., .5], [1.]])
+    f = own.feature(4)
+    c = Card(replace(f, hist=of(f.hist), density=first(of([f.density])), max=first(of([f.max])), bin=first(of([f.bin]))))
+    assert c.record["hist"] == f.hist and c.bin == f.bin and c.snapshot()
+    c.selected = first(of([6]))
+    for widget, names in ((t, ["tokens", "values", "picked", "scale"]), (e, ["selected", "pinned", "lasso", "answer"]), (c, ["selected"])):
+        assert is_plain(widget.get_state(names))
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("selected", 3.5, "whole number"), ("selected", "3", "whole number"), ("pinned", 3, "give a list"),
+    ("pinned", np.array([2.5]), "whole number"), ("lasso", np.int64(3), "give a list")])
+def test_what_is_no_latent_is_refused_in_a_sentence(own, name, value, words):
+    with pytest.raises(UserError, match=words): setattr(Explorer(own), name, value)
+
+
+def test_numbers_that_no_page_can_show_are_refused():
+    "JSON has no NaN and no infinity: one of them would leave the whole page blank."
+    t = Tokens(["a", "b"], [1., 0.])
+    wrong = [("scale", np.float32("nan")), ("scale", float("inf")), ("scale", -1), ("values", [1., float("nan")]), ("picked", np.float64(.5))]
+    for name, value in wrong:
+        with pytest.raises(UserError, match=f"{name if name != 'values' else 'item'} is"): setattr(t, name, value)
+    assert (t.values, t.scale, t.picked) == ([1., 0.], None, None)
+    assert Tokens(["a", "b"], [1., float("nan")]).values == [1., 0.]   # zero: it has no colour
+
+
 def asked(e, **message):
     "What the kernel answers to a message of the page."
     said = []
@@ -88,6 +143,11 @@ def test_live_text_answers_or_says_why_not(own):
     e.live = lambda text: dict(tokens=["a", "b"], latents=[[1]], values=[[2.]])
     e.text = "two"
     assert "as many of each" in e.answer["error"] and e.answer["text"] == "two"
+    wrong = [([1, 2], [2.], "as many of each"), ([80], [2.], "0 to 79"), ([1], [float("nan")], "finite")]
+    for i, (latents, values, words) in enumerate(wrong):
+        e.live = lambda text: dict(tokens=["a"], latents=[latents], values=[values])
+        e.text = f"wrong {i}"
+        assert words in e.answer["error"]
     silent = Explorer(own)
     silent.text = "three"
     assert silent.answer == {} and "live=" in silent.head["no_model"]

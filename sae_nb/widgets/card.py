@@ -10,13 +10,13 @@ import math, re
 from html import escape
 
 import anywidget
-from traitlets import Dict, Float, Int, List, Unicode
+from traitlets import Dict, List, Unicode
 
 from ..core import check, short
 from ..features import Feature, pack
 from ..page import token_strip, visible
 from ..show import ACTIVATION, FONT, GRID, INK, ZERO
-from .tokens import Snapshot, asset
+from .tokens import Number, Snapshot, Whole, asset
 
 # %% ../../nbs/51_card.ipynb #c8dab560
 WIDE = 780   # of a snapshot, in pixels
@@ -41,7 +41,7 @@ def stacked(title, drawings) -> str:
 # %% ../../nbs/51_card.ipynb #af5b5a87
 def bars(feature, wide=380, tall=130) -> str:
     "Draw the histogram of a latent's positive activations, counts on a logarithmic axis."
-    if not feature.hist: return drawing([label(8, 20, "It never fires on the text that was read.")], wide, tall)
+    if not len(feature.hist): return drawing([label(8, 20, "It never fires on the text that was read.")], wide, tall)
     high, end = math.ceil(math.log10(max(feature.hist) + 1)), len(feature.hist) * feature.bin
     left, floor, step = 42, tall - 30, (wide - 52) / len(feature.hist)
     y = lambda count: floor - (floor - 8) * math.log10(count + 1) / high
@@ -90,8 +90,8 @@ class Card(Snapshot, anywidget.AnyWidget):
     "All about one latent; a click on a token or on a related latent comes back to Python."
     _esm, _css = asset("sae_nb.js"), asset("sae_nb.css")
     view = Unicode("card").tag(sync=True)
-    record, words, bin = Dict().tag(sync=True), List().tag(sync=True), Float().tag(sync=True)   # as it stands in a shard
-    selected = Int(None, allow_none=True).tag(sync=True)    # the related latent that was pressed
+    record, words, bin = Dict().tag(sync=True), List().tag(sync=True), Number().tag(sync=True)   # as it stands in a shard
+    selected = Whole(None, allow_none=True).tag(sync=True)  # the related latent that was pressed
     picked = Dict(None, allow_none=True).tag(sync=True)     # the token that was pressed: latent, doc, token, text, value
 
     def __init__(self, feature:Feature):   # as `Payload.feature` or `read_openai` gives it

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import anywidget
 import numpy as np
-from traitlets import Bytes, Dict, Int, List, Unicode, observe, validate
+from traitlets import Bytes, Dict, Unicode, observe, validate
 
-from ..core import UserError, check, lock, read_json, reason, short, write_atomic
+from ..core import UserError, check, lock, plain, read_json, reason, short, write_atomic
 from ..features import COLUMNS, Feature, Payload, pack
 from ..page import visible
 from ..show import ACTIVATION, GRID, INK
 from .card import WIDE, drawing, label, panels, stacked
-from .tokens import Snapshot, asset
+from .tokens import Several, Snapshot, Whole, asset, listed
 
 # %% ../../nbs/52_explorer.ipynb #0aeb8f51
 def striking(payload:Payload) -> int:
@@ -110,9 +110,9 @@ class Explorer(Snapshot, anywidget.AnyWidget):
     _esm, _css = asset("sae_nb.js"), asset("sae_nb.css")
     view = Unicode("explorer").tag(sync=True)
     head, columns_data, texts_data = Dict().tag(sync=True), Bytes().tag(sync=True), Bytes().tag(sync=True)
-    selected = Int(None, allow_none=True).tag(sync=True)   # the latent on the card
-    pinned = List().tag(sync=True)                         # latents to compare
-    lasso = List().tag(sync=True, echo_update=False)       # latents chosen in the chart; empty: all
+    selected = Whole(None, allow_none=True).tag(sync=True)        # the latent on the card
+    pinned = Several(Whole()).tag(sync=True)                      # latents to compare
+    lasso = Several(Whole()).tag(sync=True, echo_update=False)    # latents chosen in the chart; empty: all
     picked = Dict(None, allow_none=True).tag(sync=True)    # the token that was pressed last: latent, doc, token, text, value
     notes = Dict().tag(sync=True, to_json=lambda d, _: {str(k): v for k, v in d.items()}, from_json=lambda d, _: {int(k): v for k, v in d.items()})
     text = Unicode().tag(sync=True)                        # the reader's own text
@@ -134,12 +134,13 @@ class Explorer(Snapshot, anywidget.AnyWidget):
     def _one(self, proposal): return self._known([proposal["value"]])[0]
 
     @validate("pinned", "lasso")
-    def _some(self, proposal): return list(dict.fromkeys(self._known([int(i) for i in proposal["value"]])))
+    def _some(self, proposal): return list(dict.fromkeys(self._known(proposal["value"])))
 
     @validate("notes")
     def _texts(self, proposal):
-        self._known(proposal["value"])
-        return {int(k): str(v) for k, v in proposal["value"].items() if str(v).strip()}
+        notes = {plain(k): str(v) for k, v in proposal["value"].items() if str(v).strip()}
+        self._known(notes)
+        return notes
 
     def _known(self, latents):
         n = self.head.get("n", 0)
@@ -168,7 +169,11 @@ class Explorer(Snapshot, anywidget.AnyWidget):
     def _checked(self, said):
         sizes = {len(said[k]) for k in ("tokens", "latents", "values")}
         check(len(sizes) == 1, f"live gave {sorted(sizes)} tokens, latents and values: give as many of each")
-        ids, values = [[int(i) for i in row] for row in said["latents"]], [[float(v) for v in row] for row in said["values"]]
+        ids, values = ([listed(row) for row in said[name]] for name in ("latents", "values"))
+        for latents, activations in zip(ids, values):
+            self._known(latents)
+            check(len(latents) == len(activations), f"live gave {len(latents)} latents and {len(activations)} values for a token: give as many of each")
+            check(all(isinstance(v, (int, float)) and math.isfinite(v) for v in activations), "live gave a value that is no finite number: give one for each latent")
         return dict(tokens=[str(t) for t in said["tokens"]], latents=ids, values=values)
 
     def _asked(self, _, message, buffers):

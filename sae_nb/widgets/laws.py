@@ -16,10 +16,11 @@ from pathlib import Path
 import anywidget
 import numpy as np
 from ipywidgets import HTML, FloatLogSlider, Layout, VBox
-from traitlets import Any, Dict, Float, List, Unicode, link
+from traitlets import Any, Dict, List, Unicode, link
 
 from ..core import Estimate, UserError, check, short
 from ..show import ERROR, INK, Picture, lines, plain
+from .tokens import Number, listed
 
 # %% ../../nbs/53_laws.ipynb #0d167f0a
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Curve:
     x:list         # places on the axis
     loss:list      # an `Estimate` at each
     fitted:list    # is it a size inside of what was measured?
-    name = property(lambda self: "law" if self.k is None else f"k = {self.k:,}")
+    name = property(lambda self: "law" if self.k is None else f"k = {short(self.k)}")
 
 def needed(tokens):
     "Tokens as a function of n: from a law, a function, or a number."
@@ -115,7 +116,7 @@ class Chart(anywidget.AnyWidget):
     _esm, _css = (Path(str(files("sae_nb") / "static" / f"chart.{kind}")) for kind in ("js", "css"))
     spec = Dict().tag(sync=True)                                    # the figure: data and layout
     marks = List().tag(sync=True)                                   # traces on top of it that change often
-    line = Float(None, allow_none=True).tag(sync=True)              # x of a vertical line that can be dragged; None: there is none
+    line = Number(None, allow_none=True).tag(sync=True)              # x of a vertical line that can be dragged; None: there is none
     label = Unicode().tag(sync=True)                                # what a screen reader says
     library = Unicode().tag(sync=True)
 
@@ -153,18 +154,18 @@ def reading_html(advice, unit:str) -> str:
 # %% ../../nbs/53_laws.ipynb #6c810c3c
 class LawExplorer(Pictured, VBox):
     "Fitted laws with a line to drag: what should a budget buy?"
-    budget = Float(help="place of the line")
+    budget = Number(help="place of the line")
     advice = Any(help="what the laws say there: n, k, tokens, loss, warnings; a sentence where they say nothing")
 
     def __init__(self, law,                       # of the loss: L(flops), L(n) or L(n, k)
                  cost=None, tokens=None,          # (n, k, tokens) → price of a run, and the tokens that a run of size n takes: then the axis is the price
                  advise=None,                     # `plan.advise`, or anything called like it
-                 runs=(), ks=None,                # measured runs, as dicts; the k to draw
+                 runs=(), ks=None,                # measured runs: dicts, a `Table`, a data frame; the k to draw
                  also=None, budget:float=None,    # {"n": law} over the same axis, to be read too; where the line begins
                  x:str=None, y:str="normalised MSE"):  # what the axes show
         check((cost is None) == (tokens is None) == (advise is None), "an axis of prices needs cost, tokens and advise: give all three or none")
-        self._law, self._price, self._also, rows = law, (cost, tokens, advise), also, list(getattr(runs, "rows", runs))
-        self._ks = tuple(ks or _some_ks(law, rows))
+        self._law, self._price, self._also, rows = law, (cost, tokens, advise), also, _records(runs)
+        self._ks = tuple(_some_ks(law, rows) if ks is None else listed(ks))
         self._x = x or ("training compute (FLOPs)" if cost or law.form.x[-1] == "flops" else "latents n")
         curves = law_curves(law, self._ks, cost, tokens)
         self._ends = curves[0].x[0], min(c.x[-1] for c in curves)
@@ -174,7 +175,7 @@ class LawExplorer(Pictured, VBox):
         super().__init__([self._chart, self._slider, self._words], layout=Layout(max_width="900px"))
         self.add_class("sae-nb-box")
         self.observe(self._read, "budget")
-        self.budget = float(budget or last)
+        self.budget = last if budget is None else budget
         link((self, "budget"), (self._slider, "value")); link((self, "budget"), (self._chart, "line"))
 
     def _dots(self, rows):
@@ -209,6 +210,12 @@ class LawExplorer(Pictured, VBox):
         return Picture(fig)
 
 # %% ../../nbs/53_laws.ipynb #16f61a9f
+def _records(runs) -> list:
+    "Runs as dicts of Python's own values."
+    if hasattr(runs, "to_dicts"): runs = runs.to_dicts()                 # polars
+    elif hasattr(runs, "to_dict"): runs = runs.to_dict("records")        # pandas
+    return [dict(zip(r, listed(r.values()))) for r in getattr(runs, "rows", runs)]
+
 def _some_ks(law, rows):
     "The k to draw: the measured ones, at most six of them."
     if "k" not in law.form.x: return (None,)
