@@ -232,11 +232,13 @@ def shown(args):
     from sae_nb.runs import run_config
     check(args.tokens >= 1, f"tokens is {args.tokens}: look at least at one")
     if args.command == "explore": check_server(args.app)
+    else:
+        from sae_nb.widgets.export import check_place, export_page
+        check_place(args.out)   # before features are collected, which may take long
     read = -(-args.tokens // (16 * run_config(args.folder).context)) if (as_path(args.folder) / "config.json").exists() else None   # batches
     bar = lambda loop: tqdm(loop, desc="features", total=len(loop) if hasattr(loop, "__len__") else read, dynamic_ncols=True, mininterval=0.5, leave=False)
     payload = features_of(args.folder, args.tokens, progress=bar, device=args.device, explain=args.explain)
     if args.command == "explore": return serve(args.folder, args.port, args.app, not args.no_browser, args.device)
-    from sae_nb.widgets.export import export_page
     print(f"page: {export_page(payload, args.out, progress=bar)}")
 
 def fitted(table, law:str, where:list, out, bootstrap:int, seed:int):

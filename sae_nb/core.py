@@ -238,18 +238,21 @@ def _umask():
 # %% ../nbs/00_core.ipynb #04b6f992
 def _strict(x):
     "`x` as strict JSON can hold it."
-    x = plain(x)
-    if isinstance(x, float): return x if math.isfinite(x) else None
+    if type(x) in (str, int, bool): return x
     if isinstance(x, dict): return {k if isinstance(k, str) else str(plain(k)): _strict(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_strict(v) for v in x]
+    x = plain(x)
+    if isinstance(x, float): return x if math.isfinite(x) else None
     if hasattr(x, "tolist"): return _strict(x.tolist())
     return os.fspath(x) if isinstance(x, os.PathLike) else x
 
-def to_json(content,           # numbers, texts, lists and named values
-            indent:int=None    # spaces for each level; None: one line
+def to_json(content,            # numbers, texts, lists and named values
+            indent:int=None,    # spaces for each level; None: one line
+            tight:bool=False    # no space after a comma or a colon
            ) -> str:
     "Strict JSON: NaN and infinity become `null`."
-    return json.dumps(_strict(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    between = (",", ":") if tight else None
+    return json.dumps(_strict(content), indent=indent, separators=between, ensure_ascii=False, allow_nan=False)
 
 def write_json(path,           # where the file shall stand
                content:dict,   # named values
@@ -311,13 +314,16 @@ def _alive(pid:int) -> bool:
     except (PermissionError, OverflowError): pass
     return True
 
-def sweep_leftovers(folder):   # one that has proved ours
+def sweep_leftovers(folder,        # one that has proved ours, unless `of` is given
+                    of:str=None    # the name of a file: only what is left of its own writes
+                   ):
     "Remove what killed writes of ours left directly in `folder`; a link is not followed."
     folder = as_path(folder)
     if folder.is_symlink() or not folder.is_dir(): return
     for path in folder.glob(".*.sae_nb-tmp"):
-        pid = re.fullmatch(r"\..*\.(\d+)\.sae_nb-tmp", path.name, re.S)
-        if pid and not path.is_dir() and not _alive(int(pid[1])): path.unlink(missing_ok=True)
+        left = re.fullmatch(r"\.(.*)\.(\d+)\.sae_nb-tmp", path.name, re.S)
+        if not left or of not in (None, left[1]) or path.is_dir(): continue
+        if not _alive(int(left[2])): path.unlink(missing_ok=True)
 
 @contextmanager
 def lock(folder):   # where one process at a time may write

@@ -48,7 +48,7 @@ def test_the_command_writes_a_page(folder, tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (["export", "nowhere", "--out", "x.html"], "neither a finished run nor features"), (["explore", "nowhere"], "neither a finished run nor features"),
-    (["export", "DIR"], "--out"), (["export", "DIR", "--out", "DIR"], "something else"), (["explore", "DIR", "--app", "netscape"], "invalid choice"), (["export", "DIR", "--out", "x.html", "--tokens", "0"], "tokens is 0")])
+    (["export", "DIR"], "--out"), (["export", "DIR", "--out", "DIR"], "no page of ours"), (["explore", "DIR", "--app", "netscape"], "invalid choice"), (["export", "DIR", "--out", "x.html", "--tokens", "0"], "tokens is 0")])
 def test_mistakes_are_one_sentence(folder, args, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sae_nb.explore.find_spec", lambda name: True)   # whatever is installed

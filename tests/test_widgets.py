@@ -11,7 +11,7 @@ from sae_nb.core import UserError
 from sae_nb.features import Feature, Payload
 from sae_nb.widgets.card import Card
 from sae_nb.widgets.explorer import Explorer, striking
-from sae_nb.widgets.export import export_page, serve_command
+from sae_nb.widgets.export import SCRIPT, export_page, serve_command
 from sae_nb.widgets.tokens import Tokens
 
 
@@ -177,12 +177,12 @@ def test_a_card_shows_features_only():
 def test_export_paths(own, tmp_path):
     "A folder with something else is left alone; a second export of the same name replaces the first."
     (tmp_path / "full").mkdir(); (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"): export_page(own, tmp_path / "full")
+    with pytest.raises(UserError, match="mine.txt but no page of ours"): export_page(own, tmp_path / "full")
     with pytest.raises(UserError, match="is a folder"): (tmp_path / "x.html").mkdir(); export_page(own, tmp_path / "x.html")
     with pytest.raises(UserError, match="does not end"): export_page(own, tmp_path / "full" / "mine.txt")
     first = export_page(own, tmp_path / "out")
     stale = tmp_path / "out" / "shards" / "00009.js"
-    stale.write_text("old")
+    stale.write_text(SCRIPT + "old")
     assert export_page(own, tmp_path / "out") == first and not stale.exists()
     with pytest.raises(UserError, match="index.json"): export_page(tmp_path / "full", tmp_path / "y.html")
     with pytest.raises(UserError, match="voila or lab"): serve_command("a.ipynb", 1, "cloud")

@@ -6,15 +6,14 @@
 __all__ = ['striking', 'points', 'head', 'overview', 'state', 'read_notes', 'write_notes', 'Explorer']
 
 # %% ../../nbs/52_explorer.ipynb #abc0c981
-import json, math, time
+import math, time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import anywidget
 import numpy as np
 from traitlets import Bytes, Dict, Unicode, observe, validate
 
-from ..core import UserError, check, lock, plain, read_json, reason, short, write_atomic
+from ..core import UserError, as_path, check, lock, plain, read_json, reason, short, to_json, write_json
 from ..features import COLUMNS, Feature, Payload, pack
 from ..page import visible
 from ..show import ACTIVATION, GRID, INK
@@ -76,14 +75,14 @@ def state(payload:Payload, **more) -> dict:   # `more` goes into the head
     about = f"{short(int(i['rows']))} tokens of {i['text'] or 'a text'}, read at {i['site'] or 'a site'} of {i['lm'] or 'a model'}"
     head = dict(n=payload.n, bin=i["bin"], shard=i["shard"], columns=list(COLUMNS), title=f"{payload.n:,} latents", about=about)
     head |= dict(live=False, effects=False, static=False, no_model="") | more
-    texts = json.dumps({"tokens": payload.tokens, "explanations": payload.explanations}, ensure_ascii=False, separators=(",", ":"))
+    texts = to_json({"tokens": payload.tokens, "explanations": payload.explanations}, tight=True)
     columns = b"".join(np.asarray(payload.columns[c], "<f4").tobytes() for c in COLUMNS)
-    return dict(head=head, columns_data=columns, texts_data=texts.encode("utf-8"))
+    return dict(head=head, columns_data=columns, texts_data=texts.encode("utf-8", "backslashreplace"))
 
 # %% ../../nbs/52_explorer.ipynb #303d81db
 def read_notes(folder) -> dict:
     "Read the notes kept beside a payload: latent → text."
-    path = Path(folder) / "notes.json" if folder else None
+    path = as_path(folder) / "notes.json" if folder else None
     notes = read_json(path) if path and path.exists() else {}
     check(all(k.isdigit() and isinstance(v, str) for k, v in notes.items()), f"{path} holds something else than notes, a text for each latent: restore or remove it")
     return {int(k): v for k, v in notes.items()}
@@ -101,8 +100,9 @@ def _held(folder):
 
 def write_notes(folder, notes:dict):
     "Write notes beside a payload; a reader never sees half a file."
-    text = json.dumps({str(k): v for k, v in sorted(notes.items())}, ensure_ascii=False, indent=1)
-    write_atomic(Path(folder) / "notes.json", text + "\n")
+    wrong = next((k for k, v in notes.items() if not isinstance(v, str)), None)
+    check(wrong is None, f"the note on latent {wrong} is {notes.get(wrong)!r}, but a text was expected")
+    write_json(as_path(folder) / "notes.json", {str(k): v for k, v in sorted(notes.items())})
 
 # %% ../../nbs/52_explorer.ipynb #18aafaa4
 class Explorer(Snapshot, anywidget.AnyWidget):
