@@ -47,7 +47,7 @@ bench: $(READY)
 mutants: $(READY)
 	$(BIN)/python tools/mutants.py
 
-# the recorded scaling laws, from nothing: half an hour on two quiet cores
+# the recorded scaling laws, from nothing: about an hour on one quiet core
 laws: $(READY)
 	$(BIN)/python recipes/laws.py --out runs/laws
 

@@ -1,8 +1,10 @@
 """Record the scaling laws of the packaged models: 121 runs, from nothing, with one command.
 
-    python recipes/laws.py --out DIR        # DIR/laws.csv; about half an hour on two quiet cores, goes on after an interruption
+    python recipes/laws.py --out DIR        # DIR/laws.csv; about an hour on one quiet core, goes on after an interruption
+    python recipes/laws.py --out DIR --part nk     # one part only; several at once share the work, then run all to write the table
 
-`recipes/results/laws.csv` is what it gave. Its parts:
+`recipes/results/laws.csv` is what it gave, every run by the default recipe. (`laws_before.csv` has the losses at the end of the same
+`nk` runs by an earlier one: `layer_norm`, batch 1,024, AuxK 1/32, lower rates; `nbs/explanations/scaling.ipynb` compares them.) Its parts:
   nk       seven sizes over a factor of 64, four k up to a quarter of the size, two seeds on one model, tokens growing as n^0.6
            (the paper's exponent for GPT-2); with what the reconstruction costs the model that reads on (ce, kl)
   subject  six of these sizes at k = 8 on the two other models, two seeds, the same tokens
@@ -32,12 +34,12 @@ def tokens(n): return round(1.5e6 * (n / 512)**.6, -3)
 
 def parts(scale):
     "Name of each part -> its runs."
-    base = lambda lm, tokens, **more: RunConfig(lm=lm, site=SITES[lm], tokens=int(scale * tokens), batch=1024, **more)
+    base = lambda lm, tokens, **more: RunConfig(lm=lm, site=SITES[lm], tokens=int(scale * tokens), **more)
     joined = lambda grids: {name: cfg for g in grids for name, cfg in g.items()}
     return {"nk": joined(grid(base("pylib-128", tokens(n)), n=[n], k=[k for k in (4, 8, 16, 32) if 4 * k <= n], seed=[0, 1]) for n in SIZES),
             "subject": joined(grid(base(lm, tokens(n), k=8), lm=[lm], n=[n], seed=[0, 1]) for lm in ("pylib-64", "pylib-256") for n in SIZES[:6]),
             "noise": joined(grid(base("pylib-128", tokens(n), k=8), n=[n]) for n in SIZES),
-            "rate": grid(base("pylib-128", 3e5, k=16), n=SIZES[2:], lr=[2e-3 * 2**i for i in range(8)])}
+            "rate": grid(base("pylib-128", 3e5, k=16), n=SIZES[2:], lr=[1e-3 * 2**i for i in range(8)])}
 
 
 def noise(real:Source, seed=0) -> Source:
@@ -62,9 +64,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", type=float, default=1, help="share of the tokens, to try it out")
+    parser.add_argument("--part", choices=list(parts(1)), help="train this part only; all by default")
     args = parser.parse_args()
     table = []
     for part, runs in parts(args.scale).items():
+        if args.part not in (None, part): continue
         folder = args.out / part
         if part == "noise":
             for name, cfg in runs.items():

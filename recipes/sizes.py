@@ -2,7 +2,7 @@
 
     python recipes/sizes.py --out DIR       # DIR/sizes.json; half an hour on two cores, goes on after an interruption
 
-`recipes/results/sizes.json` is what it gave (the second seed of the largest size was left out); `29_suite` shows it.
+Three sizes with two seeds each, one for the largest. `recipes/results/sizes.json` is what it gave; `29_suite` shows it.
 """
 import argparse, json
 from pathlib import Path
@@ -15,7 +15,13 @@ from sae_nb.suite import Amounts, evaluate
 from sae_nb.sweep import grid, sweep
 
 AMOUNTS = Amounts(tokens=100_000, downstream=32_768, probe_rows=30_000, examples=131_072, build=8, longest=6, scored=16_384,
-                  rescaled=32_768, bigrams=2_000_000, compared=64, positions=16, refined=4_096)
+                  rescaled=32_768, compared=64, positions=16, refined=4_096)
+
+
+def sizes(out):
+    "Name -> run; all read the rows of one store below `out`."
+    base = RunConfig(lm="pylib-256", site="resid_post.4", k=32, tokens=1_000_000, store=str(Path(out) / "store"))
+    return {**grid(base, n=[512, 2048], seed=[0, 1]), **grid(base, n=[8192], seed=[0])}
 
 
 def main():
@@ -23,7 +29,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     out, lm, found = parser.parse_args().out, load_lm("pylib-256"), []
-    runs = grid(RunConfig(lm="pylib-256", site="resid_post.4", k=32, tokens=1_000_000, store=str(out / "store")), n=[512, 2048, 8192], seed=[0, 1])
+    runs = sizes(out)
     for p in sweep(runs, out / "runs", together=2):
         if p.step.step % 100 == 0: print(p.run, p.step.nmse, flush=True)
     for name, cfg in runs.items():
