@@ -244,13 +244,57 @@ def test_a_first_interrupt_is_gentle_a_second_is_not():
     assert seen == [*range(1, 7)] and len(closed) == 1 and signal.getsignal(signal.SIGINT) is before
 
 
-def test_drawing_is_seldom_and_never_dearer_than_a_fiftieth():
-    drawn = []
-    class Slow(Monitor):
-        def _draw(self): drawn.append(time.monotonic()); time.sleep(.01); super()._draw()
-    for _ in Slow(steps(60, pause=.02)): pass
-    during = [b - a for a, b in zip(drawn[2:-1], drawn[3:-1])]   # after the untouched state and the start, before the end
-    assert all(gap > .24 for gap in during) and len(drawn) <= 3 + 60 * .02 / .25 + 5
+def drawings(every, draws, asks, count=100, start=False):
+    "At which of `count` steps, an eighth of a second apart, a monitor draws by a clock of its own, and when the next drawing is due: (step, end, due)."
+    now, seen, asked = [1000.], [], []
+    def density():
+        asked.append(1)
+        now[0] += asks
+    def passing():
+        for step in steps(count):
+            now[0] += 1 / 8
+            yield step
+    class Timed(Monitor):
+        clock = staticmethod(lambda: now[0])
+        def pictures(self):
+            now[0] += draws
+            return {}
+        def _draw(self):
+            super()._draw()
+            seen.append((self.last and self.last.step, now[0], self._next))
+    monitor = Timed(passing(), density=density, every=every, name="timed")
+    if start: monitor.start().wait()
+    else: assert len(list(monitor)) == count
+    return seen, len(asked)
+
+
+# the numbers are sums of halves, so that the clock is exact
+@pytest.mark.parametrize("every, draws, asks, gap, apart", [
+    (.25, 0, 0, .25, 2),                   # cheap: a quarter of a second, two steps
+    (.25, 1 / 1024, 1 / 1024, .25, 2),
+    (.25, 1 / 32, 0, 50 / 32, 13),         # dear: fifty times what it took
+    (.25, 1 / 64, 1 / 64, 50 / 32, 13),    # the density is a part of it
+    (.25, 0, 1 / 32, 50 / 32, 13),
+    (.25, 1, 0, 5, 40),                    # very dear: five seconds, so that the reader sees something
+    (2., 1 / 1024, 0, 2, 16),              # as seldom as one asks for
+    (2., 1 / 8, 0, 5, 40),
+    (9., 1, 1, 9, 72),
+    (0, 1, 0, 0, 1), (0, 0, 1, 0, 1)])     # each step
+def test_drawing_is_seldom_and_never_dearer_than_a_fiftieth(every, draws, asks, gap, apart):
+    "By a clock of the test's own: which steps are drawn, and when the next one is due."
+    seen, asked = drawings(every, draws, asks)
+    at = [*range(1, 101, apart)]
+    assert [step for step, *_ in seen] == [None, None, *at, 100]   # before the first step and after the last one as well
+    assert all(due == end + gap for _, end, due in seen[2:-1]) and asked == len(at) + 1
+
+
+def test_a_drawing_that_waits_in_the_kernel_is_not_asked_for_again():
+    "A run in the background draws in the kernel's own thread; while that is busy, the steps go on and one drawing waits."
+    import asyncio
+    async def kernel():
+        seen, asked = drawings(.25, 0, 0, start=True)   # the loop is busy until all is done
+        return [step for step, *_ in seen], asked
+    assert asyncio.run(kernel()) == ([None, None, 100], 2)   # the density of the one that waits, and of the end
 
 
 def test_times_as_a_person_says_them(): assert [lasting(x) for x in (5, 89.6, 91, 5_399, 5_401)] == ["5 s", "90 s", "2 min", "90 min", "1.5 h"]

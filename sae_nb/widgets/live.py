@@ -98,7 +98,8 @@ def after_failed_cell(f:Callable):
 # %% ../../nbs/54_live.ipynb #0c57c07d
 class Monitor(Pictured, VBox):
     "A window on a training run: `for step in Monitor(steps)`, or `Monitor(steps).start()` to train in the background."
-    running = {}   # name -> the monitor that trains under it
+    running = {}                           # name -> the monitor that trains under it
+    clock = staticmethod(time.monotonic)   # in seconds
 
     def __init__(self, steps:Iterable=None,      # of `train` or `run`, or anything that yields records like `Step`
                  total:int=None,                 # tokens of the whole run, for the time left
@@ -192,9 +193,9 @@ class Monitor(Pictured, VBox):
         self._kept.add(*map(plain, (step.tokens, step.nmse, *traffic)))
         if step.held_out is not None: self._held.add(plain(step.tokens), plain(step.held_out))
         self.last = step
-        if (began := time.monotonic()) < self._next or self._pending: return
+        if (began := self.clock()) < self._next or self._pending: return
         if self._density: self._shares = self._density()
-        self._spent = time.monotonic() - began
+        self._spent = self.clock() - began
         self._later(self._draw)
 
     def _later(self, f):
@@ -205,8 +206,8 @@ class Monitor(Pictured, VBox):
         else: f()
 
     def _draw(self):
-        "Show the run as it stands; takes at most a fiftieth of the time."
-        began, step = time.monotonic(), self.last
+        "Show the run as it stands: at most a fiftieth of the time, or every five seconds where that takes longer."
+        began, step = self.clock(), self.last
         self._state.value = f'<b role="status">{escape(self.words())}</b>'
         self._button.layout.display = "none" if self.active and self._thread is None else None
         self._button.disabled, self._bar.value = not self.active or self.stopped, float(min(1., step.tokens / self._total)) if step and self._total else 0.
@@ -217,8 +218,9 @@ class Monitor(Pictured, VBox):
                 self._charts[name] = Chart(layout=Layout(flex="1 1 320px", width="auto"))
                 self._row.children = list(self._charts.values())
             self._charts[name].show(picture)
-        took, self._spent = time.monotonic() - began + self._spent, 0.
-        self._next, self._pending = began + took + max(self._every, min(5., 50 * took)) * bool(self._every), False
+        now = self.clock()
+        took, self._spent = now - began + self._spent, 0.
+        self._next, self._pending = now + max(self._every, min(5., 50 * took)) * bool(self._every), False
 
     def words(self) -> str:
         "How it stands, in a sentence."
