@@ -245,7 +245,7 @@ def test_a_first_interrupt_is_gentle_a_second_is_not():
 
 
 def drawings(every, draws, asks, count=100, start=False):
-    "At which of `count` steps, an eighth of a second apart, a monitor draws by a clock of its own, and when the next drawing is due: (step, end, due)."
+    "Steps an eighth of a second apart by a clock that stands still else: each drawing as (step, its end, when the next is due)."
     now, seen, asked = [1000.], [], []
     def density():
         asked.append(1)

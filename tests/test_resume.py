@@ -80,20 +80,21 @@ def test_killed_ten_times_it_ends_with_the_same_bits(cfg, tmp_path):
     clean = started(cfg, tmp_path / "clean", 1e9)
     clean.join(120)
     assert clean.exitcode == 0
-    chance, folder, stopped = random.Random(time.time_ns()), tmp_path / "killed", []
-    for number in range(10):
+    chance, folder, killed, tries = random.Random(time.time_ns()), tmp_path / "killed", [], 0
+    while len(killed) < 10 or sum(0 < steps < 160 for steps in killed) < 5:
+        assert (tries := tries + 1) < 100, f"too few were killed while they trained: {killed}"
         process = started(cfg, folder, chance.choice([0., .02, .2]))
-        if number % 4 == 3: process.join(chance.uniform(0, 1))
+        if tries % 4 == 3: process.join(chance.uniform(0, 1))
         else:
             goal = steps_in(folder) + chance.randint(1, 12)
-            wait_for = time.monotonic() + 60
-            while process.is_alive() and steps_in(folder) < goal and time.monotonic() < wait_for: time.sleep(.002)
+            while process.is_alive() and steps_in(folder) < goal: time.sleep(.002)
             time.sleep(chance.uniform(0, .03))
-        alive = process.is_alive()
         process.kill(); process.join()
-        stopped.append((alive, steps_in(folder)))
-    assert sum(alive for alive, _ in stopped) == 10, f"only these were killed while they worked: {stopped}"
-    assert sum(0 < steps < 160 for _, steps in stopped) >= 5, f"too few were killed while they trained: {stopped}"
+        if process.exitcode == -signal.SIGKILL: killed.append(steps_in(folder))
+        else:   # a quick machine: it ended before it was killed, and another run is begun
+            assert process.exitcode == 0
+            assert_same_run(folder, tmp_path / "clean")
+            folder = tmp_path / f"killed-{tries}"
     last = started(cfg, folder, .2)
     last.join(120)
     assert last.exitcode == 0
