@@ -212,7 +212,6 @@ def test_the_command_serves_the_explorer(folder, tmp_path):
     "A text that is typed in the page is read by the run's model; Ctrl-C ends the server."
     with serving(tmp_path / "log", "-c", "import sys; from sae_nb.cli import main; sys.exit(main())", "explore", folder, "--no-browser") as (server, address):
         with chromium() as page:
-            page.set_default_timeout(90_000)
             page.goto(address)
             box = page.get_by_label("a text of your own")
             box.fill("import os"); page.keyboard.press("Control+Enter")

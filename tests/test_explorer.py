@@ -1,5 +1,6 @@
 "The explorer in a real browser, from a static page: all that a reader does without a kernel."
 import json, os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 from browsing import chromium, needs_browser
 from payloads import feature, made
 
-from sae_nb.features import Feature, Payload, encode_column
+from sae_nb.features import Context, Feature, Payload, encode_column
+from sae_nb.page import visible
 from sae_nb.widgets.export import export_page
+from sae_nb.widgets.tokens import asset
 
 SHOTS = os.environ.get("SAE_NB_SHOTS")   # a folder for screenshots to look at
 
@@ -23,7 +26,6 @@ def payload(tmp_path_factory): return made(tmp_path_factory.mktemp("features"), 
 
 def drive(page):
     "What every door must allow: search, sort, filter, select, hover, press, pin, compare, note."
-    page.set_default_timeout(20_000)
     page.wait_for_selector(".plot .main-svg"); page.wait_for_selector(".card")
     count = page.get_by_role("status").filter(has_text="latents")
     assert "257 of 300" in count.inner_text()
@@ -124,6 +126,58 @@ def test_states_in_words(tmp_path):
         (tmp_path / "page" / "shards" / "00000.js").unlink()
         page.goto(target.as_uri())
         page.get_by_text("shards/00000.js cannot be read").wait_for(); shot(page, "state_lost")
+
+
+@needs_browser
+def test_an_address_for_each_latent(payload, tmp_path):
+    "The address names the selected latent, survives a reload, and the back button returns; a wrong one is not obeyed."
+    with chromium() as page:
+        target = export_page(payload, tmp_path / "page.html").as_uri()
+        card = lambda id: page.wait_for_selector(f"article[data-latent='{id}'] .card")
+        page.goto(target + "#latent-12"); card(12)
+        page.wait_for_timeout(1_100)   # a walk within a second is one step back
+        page.evaluate("explorer.set('selected', 4)"); card(4)
+        assert page.url.endswith("#latent-4") and page.get_by_label("link to latent 4").get_attribute("href") == "#latent-4"
+        page.reload(); card(4)
+        page.go_back(); card(12)
+        assert page.evaluate("explorer.get('selected')") == 12
+        page.evaluate("location.hash = '#latent-5'"); card(5)
+        page.evaluate("location.hash = '#latent-300'")
+        page.evaluate("location.hash = '#latent-<b>'")
+        page.goto("about:blank"); page.goto(target); page.wait_for_selector(".card")
+        first = page.evaluate("explorer.get('selected')")
+        assert page.url.endswith(f"#latent-{first}") and not page.problems
+        assert "nats" in page.locator(".figures").inner_text() and page.get_by_label("sort by").inner_text().count("effect (nats)") == 1
+
+
+CHARACTERS = ["\xa0", "\u3000", "\u200b", "\u200d", "\xad", "\ufeff", "\x0c", "\x00", "\x1b", "\x7f", "\x85", "\u2028", "\u202e", "\ue000", "\ufffd", "",
+              " ", "\t", "\n", "\r\n", "a", "é", "e\u0301", "日", "🙂", "\U000e0001", "\U0010ffff", "\u0378"]
+
+
+@needs_browser
+def test_python_and_javascript_show_the_same_characters(tmp_path):
+    "Spaces of all kinds, marks without width, controls, what bytes that are no text become, and characters that nobody has assigned."
+    code = asset("sae_nb.js").split("export {")[0]
+    with chromium() as page:
+        page.goto("about:blank")
+        page.add_script_tag(content=code + "\nglobalThis.visible = visible;")
+        told = page.evaluate("texts => texts.map(visible)", CHARACTERS)
+        assert dict(zip(CHARACTERS, told)) == {c: visible(c) for c in CHARACTERS} and not page.problems
+
+
+@needs_browser
+def test_no_text_of_a_payload_runs(tmp_path):
+    "Markup in tokens, explanations, documents and notes is shown as it is, in a page of one file and of a folder."
+    bad = "<script>globalThis.ran = 1</script><img src=x onerror='globalThis.ran = 1'></script><script>ran=1</script>"
+    made = [replace(feature(i, n=3), explanation={"text": bad}, top=[Context([bad, "a"], [1., 0.], 0, 1., bad, 0)]) for i in (0, 1, 2)]
+    with chromium() as page:
+        for name in ("page.html", "page"):
+            page.goto(export_page(Payload.in_memory(dict(rows=1_000), made), tmp_path / name, title=bad).as_uri())
+            page.wait_for_selector(".card")
+            page.get_by_text("<img src=x onerror").first.wait_for()
+            page.evaluate("bad => explorer.set('notes', {1: bad})", bad)
+            page.wait_for_function("document.querySelector('.rows').textContent.includes('✎ <script>')")
+            assert page.evaluate("globalThis.ran === undefined && !document.querySelector('#app script, #app img')") and not page.problems
 
 
 @needs_browser

@@ -1,13 +1,10 @@
 "The explorer in a real browser with a kernel behind it, through Voila and through JupyterLab."
-import contextlib, socket, subprocess, time
-from pathlib import Path
-
-from browsing import chromium, lab, needs_browser, notebook
+from browsing import chromium, idle, lab, needs_browser, notebook, run_cell, voila
 from payloads import made
 from test_explorer import draw_lasso, drive, shot
 
 from sae_nb.features import Payload
-from sae_nb.widgets.export import explore_notebook, serve_command
+from sae_nb.widgets.export import explore_notebook
 
 CODE = """
 import ipywidgets
@@ -22,19 +19,9 @@ e.observe(say, ["selected", "pinned", "notes", "lasso", "picked"]); say()
 """
 
 
-@contextlib.contextmanager
 def explored(folder, code):
     "The address of `sae-nb explore`'s server."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    argv, env = serve_command(explore_notebook(folder, code), port, browser=False)
-    with open(Path(folder) / "server.log", "w") as log: server = subprocess.Popen(argv, env=env | {"OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(folder)}, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, (Path(folder) / "server.log").read_text()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
-            time.sleep(.1)
-        yield f"http://127.0.0.1:{port}/"
-    finally: server.terminate(); server.wait(20)
+    return voila(explore_notebook(folder, code))
 
 
 def says(page, text): page.locator(".widget-label", has_text="kernel: ").filter(has_text=text).first.wait_for()
@@ -51,6 +38,13 @@ def with_kernel(page):
     box.fill("hello <b> world"); page.keyboard.press("Control+Enter")
     page.locator(".own .token").nth(2).wait_for()
     assert page.locator(".own .token").all_inner_texts() == ["hello·", "<b>·", "world·"]
+    box.fill(" ".join("x" * i for i in range(1, 30))); page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name="all 29 that fire").click()   # lengths 2 to 30, and the hot one, which is among them
+    assert page.locator(".own .votes li").count() == 29
+    page.get_by_role("button", name="the strongest 15").click()
+    assert page.locator(".own .votes li").count() == 15
+    box.fill("hello <b> world"); page.keyboard.press("Control+Enter")
+    page.locator(".own .token").nth(2).wait_for(); page.get_by_text("hello·").first.wait_for()
     page.locator(".own .token").nth(1).click()
     page.get_by_text("latents that fire at «<b>·»").wait_for()
     page.locator(".own .votes button").first.click()
@@ -126,19 +120,18 @@ def test_through_jupyterlab(tmp_path):
     code = CODE.format(folder=str(tmp_path / "features"), hot=5)
     with lab(notebook(tmp_path, code, "ipywidgets.VBox([e, echo])", "e.selected = 8; e.pinned")) as url, chromium(size=(1500, 1000)) as page:
         page.goto(url)
-        idle = lambda: page.get_by_text("| Idle").wait_for(timeout=60_000)
-        page.wait_for_selector(".jp-CodeCell", timeout=60_000); idle()
-        page.locator(".jp-CodeCell").first.click(); page.keyboard.press("Shift+Enter"); page.keyboard.press("Shift+Enter")
+        idle(page)
+        for i in (0, 1): run_cell(page, i)
         page.wait_for_selector(".card")
         with_kernel(page)
         shot(page, "lab_light")
-        page.locator(".jp-CodeCell").nth(2).locator(".cm-content").click(); page.keyboard.press("Shift+Enter")
+        run_cell(page, 2)
         page.wait_for_selector("article[data-latent='4']")   # still comparing
         page.get_by_text("[4, 5]", exact=True).first.wait_for()
-        page.keyboard.press("Control+s"); idle()
+        page.keyboard.press("Control+s"); idle(page)
         page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
         page.reload()
-        page.wait_for_selector("article[data-latent='8'] .card", timeout=60_000)
+        page.wait_for_selector("article[data-latent='8'] .card")
         says(page, "kernel: 8 | [4, 5] | {5: 'a <b> note'}")
         page.get_by_role("listbox", name="latents").press("End")
         page.wait_for_function("!document.querySelector('article[data-latent=\"8\"]')")

@@ -1,14 +1,13 @@
 "The law explorer and the live monitor: as values, and in a real browser through Voila and JupyterLab."
-import contextlib, gc, os, socket, subprocess, threading, time
+import gc, os, threading, time
 
 import numpy as np
 import pytest
-from browsing import chromium, lab, needs_browser, notebook
+from browsing import chromium, idle, lab, needs_browser, notebook, run_cell, voila
 from sae_nb.core import UserError
 from sae_nb.plan import advise
 from sae_nb.scaling import fit_law
 from sae_nb.train import Step
-from sae_nb.widgets.export import serve_command
 from sae_nb.widgets.laws import LawExplorer, law_curves, needed, read_law, reading_html
 from sae_nb.widgets.live import Kept, Monitor, Traffic, gentle, lasting, panels
 
@@ -105,7 +104,8 @@ def test_runs_budgets_and_ks_of_every_library(fitted, library):
     "A table of runs, a scalar and a list of numbers of any library do what plain ones do."
     module = pytest.importorskip(library)
     of = dict(numpy=np.array, torch=lambda x: module.tensor(x, dtype=module.float64)).get(library) or (lambda x: module.Series(x))
-    runs = module.DataFrame(fitted["runs"]) if hasattr(module, "DataFrame") else [{name: of([v])[0] for name, v in r.items()} for r in fitted["runs"]]
+    if hasattr(module, "DataFrame"): runs = module.DataFrame(fitted["runs"])
+    else: runs = [{name: of([v])[0] for name, v in r.items()} for r in fitted["runs"]]
     made = LawExplorer(fitted["law"], fitted["cost"], fitted["need"], advise, runs=runs, ks=of([8, 128]), budget=of([1e15])[0])
     plain = LawExplorer(fitted["law"], fitted["cost"], fitted["need"], advise, runs=fitted["runs"], ks=[8, 128], budget=1e15)
     assert made.snapshot().spec() == plain.snapshot().spec() and made.advice == plain.advice
@@ -165,8 +165,10 @@ def test_steps_totals_and_shares_of_tensors_and_arrays():
     "Steps that carry tensors, dead latents as a tensor, densities in bfloat16 that require a gradient: as from plain numbers."
     import torch
     density = torch.tensor([0., .5, .25], dtype=torch.bfloat16, requires_grad=True)
-    def some(of): return (Step(of(i), of(10 * i), of(1. / i), of(1. / i), {}, of(.25), of(1e-3), of(1.), of(100.), 0., .1, of(1. / i)) for i in range(1, 8))
-    for of, dead in ((torch.tensor, torch.tensor([True, False, False])), (np.array, np.array([1, 0, 0])), (lambda x: x, [True, False, False])):
+    def some(of):
+        for i in range(1, 8): yield Step(of(i), of(10 * i), of(1 / i), of(1 / i), {}, of(.25), of(1e-3), of(1.), of(100.), 0., .1, of(1 / i))
+    kinds = (torch.tensor, torch.tensor([True, False, False])), (np.array, np.array([1, 0, 0])), (lambda x: x, [True, False, False])
+    for of, dead in kinds:
         monitor = Monitor(some(of), total=of(70), density=lambda: density, dead=lambda: dead, every=of(0.))
         list(monitor)
         assert monitor._bar.value == 1 and monitor._kept.columns()[2] == [1 / 3] * 7
@@ -321,21 +323,6 @@ monitor = Monitor(run(cfg, Path({folder!r}) / "run"), total=cfg.tokens, each=lam
 '''
 
 
-@contextlib.contextmanager
-def voila(folder, *cells):
-    "Voila as `sae-nb explore` starts it."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    argv, env = serve_command(notebook(folder, *cells), port, browser=False)
-    with open(folder / "server.log", "w") as log: server = subprocess.Popen(argv, cwd=folder, env=env | {"OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(folder)}, stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            assert server.poll() is None, (folder / "server.log").read_text()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
-            time.sleep(.1)
-        yield f"http://127.0.0.1:{port}/"
-    finally: server.terminate(); server.wait(20)
-
-
 def same_as_untouched(folder):
     "The stopped run, gone on with, ends with the weights of one that nobody stopped."
     import torch
@@ -352,7 +339,6 @@ def same_as_untouched(folder):
 
 def drive(page, name):
     "Drag the line, press keys on the slider, stop the training."
-    page.set_default_timeout(60_000)
     chart = page.locator("[aria-label='chart: What does a budget buy?']")
     chart.locator(".scatterlayer").wait_for()
     shot(page, f"{name}_laws")
@@ -376,21 +362,13 @@ def drive(page, name):
     shot(page, f"{name}_stopped")
 
 
-def run_cell(page, i):
-    "Run a cell of an open notebook: click, press, and see that it was heard, for a page may take its time to listen."
-    from playwright.sync_api import TimeoutError
-    cell = page.locator(".jp-CodeCell").nth(i)
-    for _ in range(20):
-        cell.locator(".cm-content").click(); page.keyboard.press("Control+Enter")
-        with contextlib.suppress(TimeoutError): return cell.locator(".jp-InputArea-prompt", has_text="[ ]:").wait_for(state="hidden", timeout=3_000)
-    raise AssertionError(f"cell {i} does not run")
-
-
 @needs_browser
 def test_through_voila(tmp_path):
-    with voila(tmp_path, PAGE.format(folder=str(tmp_path)), "ipywidgets.VBox([explorer, echo])", "monitor.start()") as url, chromium(dark=True, size=(1280, 1300)) as page:
+    cells = PAGE.format(folder=str(tmp_path)), "ipywidgets.VBox([explorer, echo])", "monitor.start()"
+    with voila(notebook(tmp_path, *cells)) as url, chromium(dark=True, size=(1280, 1300)) as page:
         page.goto(url)
         drive(page, "voila")
+        assert "invert" in page.evaluate("getComputedStyle(document.querySelector('.sae-nb-chart')).filter")   # no white figure in the dark
         assert not page.problems
     same_as_untouched(tmp_path)
 
@@ -400,18 +378,17 @@ def test_through_jupyterlab_and_a_reload(tmp_path):
     cells = PAGE.format(folder=str(tmp_path)), "'kernel says', monitor.last.step, monitor.stopped, explorer.budget", "ipywidgets.VBox([explorer, echo])", "monitor.start()"
     with lab(notebook(tmp_path, *cells)) as url, chromium(size=(1280, 1500)) as page:
         page.goto(url)
-        idle = lambda: page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
-        page.wait_for_selector(".jp-CodeCell", timeout=60_000); idle()
+        idle(page)
         for i in (0, 2, 3): run_cell(page, i)
         drive(page, "lab")
         run_cell(page, 1)
         said = page.get_by_text("('kernel says'").first
         said.wait_for()
         assert ", True, " in said.inner_text()
-        page.keyboard.press("Control+s"); idle()
+        page.keyboard.press("Control+s"); idle(page)
         page.wait_for_function("!document.querySelector('.jp-mod-dirty')")
         page.reload()
-        page.get_by_text("Stopped after").first.wait_for(timeout=60_000)
+        page.get_by_text("Stopped after").first.wait_for()
         page.locator("[aria-label*='budget'] .scatterlayer").wait_for()
         line = page.evaluate("() => document.querySelector('[aria-label*=budget]')._fullLayout.shapes[0].x0")
         assert f"{line:.6e}" == f"{float(said.inner_text().split(',')[-1].strip(' )')):.6e}"   # not the constructor's state
@@ -427,9 +404,8 @@ def test_every_chart_of_a_page_is_drawn_in_jupyterlab(tmp_path):
     chart = "w.VBox([Chart(lines({'one': ([1, 2, 3], [3, 1, 2])}, 'Is %s drawn?', 'x', 'y')), w.HTML('x')])"
     with lab(notebook(tmp_path, first, chart % "the first", chart % "the second", chart % "the third")) as url, chromium(size=(1280, 1800)) as page:
         page.goto(url)
-        page.wait_for_selector(".jp-CodeCell", timeout=60_000)
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+        idle(page)
         for i in range(4): run_cell(page, i)
         drawn = "p => p.offsetHeight > 200 && p.querySelector('.scatterlayer path.js-line')"
-        page.wait_for_function(f"[...document.querySelectorAll('.js-plotly-plot')].filter({drawn}).length === 3", timeout=60_000)
+        page.wait_for_function(f"[...document.querySelectorAll('.js-plotly-plot')].filter({drawn}).length === 3")
         assert not page.problems

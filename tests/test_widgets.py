@@ -107,7 +107,8 @@ def test_what_is_no_latent_is_refused_in_a_sentence(own, name, value, words):
 def test_numbers_that_no_page_can_show_are_refused():
     "JSON has no NaN and no infinity: one of them would leave the whole page blank."
     t = Tokens(["a", "b"], [1., 0.])
-    wrong = [("scale", np.float32("nan")), ("scale", float("inf")), ("scale", -1), ("values", [1., float("nan")]), ("picked", np.float64(.5))]
+    nan, inf = np.float32("nan"), float("inf")
+    wrong = [("scale", nan), ("scale", inf), ("scale", -1), ("values", [1., nan]), ("picked", np.float64(.5))]
     for name, value in wrong:
         with pytest.raises(UserError, match=f"{name if name != 'values' else 'item'} is"): setattr(t, name, value)
     assert (t.values, t.scale, t.picked) == ([1., 0.], None, None)

@@ -20,7 +20,7 @@ function layout(model) {
 async function render({ model, el }) {
   const box = document.createElement("div"), label = () => box.setAttribute("aria-label", model.get("label"));
   box.setAttribute("role", "img");
-  box.style.cssText = "width:100%;min-width:280px;background:#fff;border-radius:5px;overflow:hidden";
+  box.className = "sae-nb-chart";
   el.style.width = "100%";
   el.append(box);
   label();

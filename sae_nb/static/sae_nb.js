@@ -2,9 +2,10 @@
 // A model has get, set, save_changes, send, on and off; nothing else of the host is used, and nothing is fetched.
 
 const MARKS = { " ": "·", "\n": "⏎", "\t": "⇥", "\x7f": "␡", "\xa0": "⍽" };
-const NAMES = { density: "density", mean: "mean", second: "second moment", skew: "skew", kurtosis: "kurtosis", max: "maximum", effect: "effect" };
+const NAMES = { density: "density", mean: "mean", second: "second moment", skew: "skew", kurtosis: "kurtosis", max: "maximum", effect: "effect (nats)" };
 const ROW = 40;   // height of a row of the list, as in the style sheet
 const SHOWN = 5;  // contexts shown before "more"
+const FIRST = 15; // latents of the reader's own text shown before "all"
 
 // --- small things -----------------------------------------------------------------------------------------
 
@@ -239,7 +240,7 @@ function panel(title, ...content) { return h("section", { class: "panel" }, h("h
 
 function numbers_panel(f, tools) {
   const cells = [["density", share(f.density)], ["mean", short(f.mean)], ["second moment", short(f.second)], ["maximum", short(f.max)], ["skew", short(f.skew)],
-    ["kurtosis", short(f.kurtosis)], ["effect", f.effect == null ? "not measured" : short(f.effect)]];
+    ["kurtosis", short(f.kurtosis)], ["effect", f.effect == null ? "not measured" : `${short(f.effect)} nats`]];
   return panel("Numbers", !f.density && stated("This latent never fires on the text that was read."),
     h("div", { class: "figures" }, cells.map(([k, v]) => h("div", {}, h("span", {}, k), " ", h("b", {}, v)))), histogram(f.hist, tools.bin));
 }
@@ -270,15 +271,15 @@ function effect_map(f) {
     const next = (j) => (c.tokens[c.at + j + 1] == null ? "the next token" : `«${visible(c.tokens[c.at + j + 1])}»`);
     const some = (way, j) => e[`${way}_${now.kind}`]?.[j]?.map(([w, v]) => [w, way === "up" ? Math.abs(v) : -Math.abs(v)]);
     const show = (j) => out.replaceChildren(
-      muted(`At «${visible(tokens[j] ?? "")}», predicting ${next(j)}: loss ${signed(e.loss[j])}, KL ${short(e.kl[j])} nats without the latent.`),
+      muted(`At «${visible(tokens[j] ?? "")}», predicting ${next(j)}: loss ${signed(e.loss[j])} nats, KL ${short(e.kl[j])} nats without the latent.`),
       columns(titled("votes for", votes(some("up", j))), titled("votes against", votes(some("down", j)))));
     body.replaceChildren(strip(tokens, values, { pick: best, label: "tokens from the peak on", onpick: show,
-      tell: (j) => `${visible(tokens[j])} → ${next(j)}: loss ${signed(e.loss[j])}, KL ${short(e.kl[j])}` }), out);
+      tell: (j) => `${visible(tokens[j])} → ${next(j)}: loss ${signed(e.loss[j])} nats, KL ${short(e.kl[j])} nats` }), out);
     show(best);
   };
   const options = with_effect.map((c, i) => [String(i), `${c.doc}, token ${short(c.token)}`]);
   const controls = h("div", { class: "row" }, choice("context of the effects", options, "0", (v) => { now.at = +v; draw(); }),
-    tabs("what the colour means", [["loss", "loss", "loss without the latent minus loss with it"], ["kl", "KL"]], "loss", (v) => { now.by = v; draw(); }),
+    tabs("what the colour means", [["loss", "loss", "loss without the latent minus loss with it, in nats"], ["kl", "KL", "KL divergence of the predictions without the latent, in nats"]], "loss", (v) => { now.by = v; draw(); }),
     tabs("votes in", [["logits", "logits"], ["probs", "probabilities"]], "logits", (v) => { now.kind = v; draw(); }));
   return h("div", {}, controls, body);
 }
@@ -555,10 +556,10 @@ function cloud(latents, root, { onselect, onlasso, marks, tip }) {
 
 /** A text of the reader's own, and what the kernel answers. */
 function own_text(latents, model, go) {
-  const head = model.get("head"), out = h("div", { "aria-live": "polite" }), now = { token: null };
+  const head = model.get("head"), out = h("div", { "aria-live": "polite" }), now = { token: null, all: false };
   const box = h("textarea", { rows: 2, "aria-label": "a text of your own", placeholder: "Type a text, then press Ctrl+Enter", spellcheck: "false",
     disabled: !head.live });
-  const run = () => { now.token = null; model.set("text", box.value); model.save_changes(); draw(); };
+  const run = () => { now.token = null; now.all = false; model.set("text", box.value); model.save_changes(); draw(); };
   box.value = model.get("text") ?? "";
   box.addEventListener("keydown", (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); run(); } });
   function draw() {
@@ -570,11 +571,13 @@ function own_text(latents, model, go) {
     const mine = a.tokens.map((_, t) => { const j = a.latents[t].indexOf(id); return j < 0 ? 0 : a.values[t][j]; });
     const best = new Map(), here = a.tokens.map((_, t) => t).filter((t) => now.token == null || now.token === t);
     for (const t of here) a.latents[t].forEach((i, j) => {
+      if (!(a.values[t][j] > 0)) return;
       const b = best.get(i) ?? { v: 0, count: 0 };
       best.set(i, { v: Math.max(b.v, a.values[t][j]), count: b.count + 1 });
     });
     const row = ([i, b]) => h("li", {}, link(`${i}`, () => go(i)), " ", word(latents.tokens[i] ?? ""), h("span", {}, short(b.v) + (b.count > 1 ? ` ×${b.count}` : "")));
-    const strongest = [...best].sort((p, q) => q[1].v - p[1].v).slice(0, 15);
+    const active = [...best].sort((p, q) => q[1].v - p[1].v), strongest = now.all ? active : active.slice(0, FIRST);
+    const rest = active.length > FIRST && link(now.all ? `the strongest ${FIRST}` : `all ${short(active.length)} that fire`, () => { now.all = !now.all; draw(); });
     const about = id == null ? "No latent is selected."
       : mine.some((v) => v) ? `Latent ${id} on this text, at most ${short(Math.max(...mine))}:` : `Latent ${id} does not fire on this text.`;
     const max = latents.columns.max?.[id], whole = now.token != null && link("whole text", () => { now.token = null; draw(); });
@@ -582,7 +585,7 @@ function own_text(latents, model, go) {
     const shaded = strip(a.tokens, mine, { scale: Math.max(max || 0, ...mine), pick: now.token, label: "your text", onpick: (t) => { now.token = t; draw(); } });
     out.replaceChildren(h("p", {}, about), shaded,
       titled(now.token == null ? "strongest latents of the text" : `latents that fire at «${visible(a.tokens[now.token])}»`, whole,
-        strongest.length ? h("ol", { class: "votes many" }, strongest.map(row)) : muted("none")));
+        strongest.length ? h("ol", { class: "votes many" }, strongest.map(row)) : muted("none"), rest));
     if (focused) out.querySelector(`[data-i="${focused}"]`)?.focus();
   }
   const stop = listen(model, { answer: draw, selected: draw, text: () => { if (document.activeElement !== box) box.value = model.get("text"); draw(); } });
@@ -610,6 +613,29 @@ function notes_files(model) {
   return h("span", { class: "row" }, button("download notes", save), button("upload notes", () => file.click()), file, said);
 }
 
+/** The page's address names the selected latent. Of several explorers the first has it; JupyterLab keeps its own. */
+function addressed(model, n) {
+  if (globalThis.sae_nb_addressed || document.querySelector(".jp-LabShell")) return null;
+  globalThis.sae_nb_addressed = true;
+  const named = () => { const found = /^#latent-(\d+)$/.exec(location.hash); return found && +found[1] < n ? +found[1] : null; };
+  let told = 0;
+  const take = () => {
+    const id = named();
+    if (id !== null && id !== model.get("selected")) { model.set("selected", id); model.save_changes(); }
+  };
+  const tell = () => {
+    const id = model.get("selected"), now = performance.now(), soon = now - told < 1000;   // a walk with arrow keys is one step back
+    if (id == null || id === named()) return;
+    told = now;
+    history[soon ? "replaceState" : "pushState"](history.state, "", `#latent-${id}`);
+  };
+  take();
+  if (model.get("selected") != null && named() === null) history.replaceState(history.state, "", `#latent-${model.get("selected")}`);
+  addEventListener("hashchange", take);
+  const stop = listen(model, { selected: tell });
+  return () => { stop(); removeEventListener("hashchange", take); globalThis.sae_nb_addressed = false; };
+}
+
 // --- explorer ---------------------------------------------------------------------------------------------------------
 
 function explorer_view(model, root, tip) {
@@ -617,7 +643,7 @@ function explorer_view(model, root, tip) {
   const title = h("header", { class: "between" }, h("h3", {}, head.title), h("span", { class: "muted" }, head.about));
   if (!head.n) { root.append(title, stated("This payload holds no latents: collect features of a dictionary first.")); return () => {}; }
   const latents = new Latents(model), D = latents.columns.density, get = (k) => model.get(k);
-  const put = (k, v) => { model.set(k, v); model.save_changes(); };
+  const put = (k, v) => { model.set(k, v); model.save_changes(); }, leave = addressed(model, head.n);
   const select = (id) => put("selected", id);
   const marks = { selected: () => get("selected"), pinned: () => get("pinned"), note: (id) => get("notes")[id] };
   const now = { query: "", by: latents.known("effect") ? "effect" : "density", down: true, low: 0, high: 100, alive: true, compare: false };
@@ -690,6 +716,7 @@ function explorer_view(model, root, tip) {
   const heading = (id) => {
     const pinned = marks.pinned(), on = pinned.includes(id), turn_pin = () => put("pinned", on ? pinned.filter((p) => p !== id) : [...pinned, id]);
     return h("div", { class: "heading" }, h("h3", {}, `Latent ${id} `, word(latents.tokens[id])),
+      leave && h("a", { href: `#latent-${id}`, "aria-label": `link to latent ${id}`, title: "the address of this latent" }, "link"),
       button(on ? "unpin" : "pin", turn_pin, { "data-pin": id, "aria-pressed": String(on) }), note_box(id));
   };
 
@@ -766,7 +793,7 @@ function explorer_view(model, root, tip) {
   const watch = new MutationObserver(points.redraw);   // JupyterLab's theme
   watch.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
   return () => {
-    for (const end of [stop, own.stop, () => latents.close(), points.close, () => watch.disconnect()]) end();
+    for (const end of [stop, leave ?? (() => {}), own.stop, () => latents.close(), points.close, () => watch.disconnect()]) end();
     theme.removeEventListener("change", points.redraw);
     document.removeEventListener("keydown", keys);
   };
