@@ -108,12 +108,24 @@ def _picture(data, layout):
 
 # %% ../nbs/01_show.ipynb #3ede171b
 def _ticks(own, low, high):
-    "Ticks between two powers of ten: few whole values of the caller; 1, 2, 5 on a short axis; else the powers."
-    if len(own) <= 8 and all(isinstance(v, int) for v in own) and all(b > 1.6 * a for a, b in zip(own, own[1:])):
+    "Ticks of a logarithmic axis: few whole values of the caller; else the roundest numbers of which at least three fit."
+    ratio = all(b > 1.6 * a for a, b in zip(own, own[1:]))
+    if 1 < len(own) <= 8 and ratio and all(isinstance(v, int) for v in own):
         return dict(tickvals=own, ticktext=[short(v) for v in own])
-    digits, far = (1, 2, 5) if high - low < 1.7 else (1,), high - low >= 1.7 and (low < -4 or high > 5)
-    ticks = [v for e in range(math.floor(low), math.ceil(high)) for d in digits if low <= math.log10(v := float(f"{d}e{e}")) <= high]
+    far = high - low >= 1.7 and (low < -4 or high > 5)
+    for digits in ((1,), (1, 2, 5), range(1, 10))[high - low < 1.7:]:
+        ticks = [float(f"{d}e{e}") for e in range(math.floor(low), math.ceil(high)) for d in digits]
+        ticks = [v for v in ticks if low <= math.log10(v) <= high]
+        if far or len(ticks) > 2: break
+    else: ticks = _even(10**low, 10**high)
     return dict(tickvals=ticks, ticktext=[f"10<sup>{math.log10(v):.0f}</sup>" if far else short(v) for v in ticks])
+
+def _even(low, high):
+    "Three to seven round numbers at equal distances."
+    power = 10.**math.floor(math.log10((high - low) / 3))
+    step = max(s * power for s in (1, 2, 5) if 3 * s * power <= high - low)
+    return [float(f"{i * step:.6g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
 def _range(values, log, below=.05, above=.05, zero=False):
     "Range and ticks of an axis that shows `values`, with a share of it free at both ends; from `zero` when that is near."
     vs = sorted({v for v in values if isinstance(v, (int, float)) and (v > 0 or not log)})
