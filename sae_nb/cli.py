@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sae_nb
 
-from .core import UserError, as_path, check, write_json
+from .core import UserError, as_path, check, is_memory, write_json
 
 # %% ../nbs/91_cli.ipynb #1661e442
 class Parser(argparse.ArgumentParser):
@@ -85,6 +85,7 @@ def parser():
     again.add_argument("folder", metavar="DIR", help="the run folder")
     again.add_argument("--lm", default="", help="where the run's model is now, if it was moved")
     again.add_argument("--text", default="", help="where the run's text is now, or another text to measure on (the figures then go to files of their own)")
+    again.add_argument("--column", default="", help="column of that text, if it is a table (default: as the run has it)")
     again.add_argument("--tokens", "--eval-tokens", type=number(int), default=200_000, help="held-out tokens to measure (default: 200000)")
     again.add_argument("--suite", choices=("quick", "full"), help="take every measure of the paper, and write evaluation.json")
     again.add_argument("--curves", default="", help="with --suite: CSV file (model, flops, loss) with training curves of the model's family")
@@ -145,8 +146,7 @@ def shares(spent:dict, total:float) -> str:
 def train(cfg, folder, resume, tokens:int):
     "Train, measure on `tokens` held-out tokens, and write the report."
     from sae_nb.lm import load_lm
-    from sae_nb.runs import run
-    from sae_nb.text import load_text
+    from sae_nb.runs import run, run_text
     check(tokens >= 1, f"eval-tokens is {tokens}: measure at least one")
     lm = load_lm(cfg.lm, cfg.device, cfg.dtype)
     bar, rate, start, spent = None, None, time.perf_counter(), {"reading": 0., "training": 0.}
@@ -157,7 +157,7 @@ def train(cfg, folder, resume, tokens:int):
         bar.update(step.tokens - bar.n)
         spent["reading"] += step.waited; spent["training"] += step.took
     if bar: bar.close(); print(shares(spent, time.perf_counter() - start), file=sys.stderr)
-    return measured(folder, lm, load_text(cfg.text), True, tokens, rate)
+    return measured(folder, lm, run_text(cfg), True, tokens, rate)
 
 # %% ../nbs/91_cli.ipynb #5c372cf6
 def measured(folder, lm, text, ours:bool, tokens:int, rate:float=None):
@@ -165,7 +165,7 @@ def measured(folder, lm, text, ours:bool, tokens:int, rate:float=None):
     from sae_nb.acts import Stream
     from sae_nb.metrics import measure, untrained
     from sae_nb.report import TopContexts, write_report
-    from sae_nb.runs import made_of, read_steps, run_config
+    from sae_nb.runs import left_out, made_of, read_steps, run_config
     from sae_nb.sae import SAE
     folder, cfg = as_path(folder), run_config(folder)
     sae = SAE.load(folder, lm.device)
@@ -177,7 +177,7 @@ def measured(folder, lm, text, ours:bool, tokens:int, rate:float=None):
             bar.update(int(batch.keep.sum()))
         metrics = measure(sae, lm, text, cfg.site, cfg.context, tokens, null=untrained(sae, sample), see=see)
     speed = rate or max((s["rate"] for s in read_steps(folder)[-1:]), default=None)
-    about = {"tokens_trained": cfg.tokens, "tokens_per_second": speed, "seed": cfg.seed, "text": text.name, "sae digest": sae.digest, **made_of(lm, text)}
+    about = {"tokens_trained": cfg.tokens, "tokens_per_second": speed, "seed": cfg.seed, "left_out_training": left_out(folder), "text": text.name, "sae digest": sae.digest, **made_of(lm, text)}
     kept = folder / _kept_as("metrics.json", text, ours)
     write_json(kept, {**asdict(metrics), **about})
     said = f"\nmeasured on another text than the run's: {kept}"
@@ -265,7 +265,7 @@ def run_command(args):
     folder = as_path(args.folder)
     check((folder / "sae.safetensors").exists(), f"{folder} holds no finished run: give a folder that sae-nb train has written, or finish it with --resume")
     check(args.tokens >= 1, f"tokens is {args.tokens}: measure at least one")
-    found = run_subject(folder, args.lm, args.text, args.device)
+    found = run_subject(folder, args.lm, args.text, args.device, args.column)
     return evaluated(folder, *found, args.suite, args.seed, args.curves) if args.suite else measured(folder, *found, args.tokens)
 
 def main(argv:list=None) -> int:
@@ -280,7 +280,9 @@ def main(argv:list=None) -> int:
     except UserError as e: return _say(str(e), 2)
     except OSError as e: return _say(f"{e.filename or 'a file'}: {e.strerror or e}: check the path, its permissions and the space left", 2)
     except KeyboardInterrupt: return _say("stopped; what was trained is kept up to the last checkpoint: run the same command again, with --resume if it trains, to go on", 130)
-    except MemoryError: return _say("this machine's memory is full: choose fewer latents, a smaller batch or a shorter context", 2)
+    except (MemoryError, RuntimeError) as e:
+        if not is_memory(e): raise
+        return _say("the memory is full: choose fewer latents, a smaller batch or a shorter context, or end other programs", 2)
     return 0
 
 def _end_as_with_ctrl_c():

@@ -39,9 +39,9 @@ def features_of(folder,                  # a run folder, or a folder of features
     for there in (folder, folder / "features"):
         if (there / "index.json").exists(): return _known(there, folder)
     from sae_nb.dossier import write_features
-    from sae_nb.text import load_text
+    from sae_nb.runs import run_text
     sae, lm, cfg = _parts(folder, device, lm)
-    return write_features(sae, lm, load_text(cfg.text), cfg.site, folder / "features", tokens, cfg.context, progress=progress, **how)
+    return write_features(sae, lm, run_text(cfg), cfg.site, folder / "features", tokens, cfg.context, progress=progress, **how)
 
 def _known(there, folder) -> Payload:
     "The features in `there`, if they are those of the run in `folder` as it is now."

@@ -521,3 +521,48 @@ def test_term_stops_a_run_as_ctrl_c_does(text, tmp_path):
     said = going.communicate(timeout=120)[1]
     assert going.returncode == 130 and "with --resume" in said
     assert (out / "checkpoint/state.safetensors").exists()
+
+
+def table(path):
+    "A table with code in one column and words in the other."
+    rows = [(f"def step_{i}(x, rate={i % 7}): return x * {i} + rate", f"the rule of step {i} is that x grows and never falls") for i in range(900)]
+    path.write_text("\n".join(["code,words", *(f'"{a}","{b}"' for a, b in rows)]) + "\n")
+    return path
+
+
+def test_column_and_one_document_reach_everything_that_reads_the_text(says, tmp_path, monkeypatch):
+    "Training, its measures, `eval` again, and the features; another column is measured beside."
+    import sae_nb.dossier
+    path, out = table(tmp_path / "t.csv"), tmp_path / "run"
+    assert main(["train", *MODEL, "--text", str(path), "--column", "words", "--one-document", "--tokens", "2_000", "--out", str(out), "--eval-tokens", "300"]) == 0
+    about, before = json.loads((out / "config.json").read_text()), json.loads((out / "metrics.json").read_text())
+    assert (about["run"]["column"], about["run"]["one_document"]) == ("words", True)
+    assert before["text digest"] == about["made of"]["text digest"]
+    assert main(["eval", str(out), "--device", "cpu", "--tokens", "300"]) == 0
+    again = json.loads((out / "metrics.json").read_text())
+    assert (again["text digest"], again["nmse"]) == (before["text digest"], before["nmse"]) and not list(out.glob("metrics-*"))
+    assert main(["eval", str(out), "--device", "cpu", "--tokens", "300", "--column", "code"]) == 0
+    (other,) = out.glob("metrics-*.json")
+    assert json.loads(other.read_text())["nmse"] != before["nmse"]
+    read = []
+    monkeypatch.setattr(sae_nb.dossier, "write_features", lambda sae, lm, text, *more, **how: read.append(text.fingerprint) or 1 / 0)
+    with pytest.raises(ZeroDivisionError): main(["export", str(out), "--out", str(tmp_path / "page.html"), "--device", "cpu"])
+    assert read == [before["text digest"]]
+    assert "code, words" in says("eval", out, "--device", "cpu", "--column", "prose")
+    assert "code, words" in says(*train_with(path, tmp_path / "new", column="prose"))
+
+
+def test_rows_left_out_are_told_and_stand_in_the_measures(text, finished, tmp_path, monkeypatch):
+    import sae_nb.acts
+    assert json.loads((finished / "metrics.json").read_text())["left_out_training"] == 0
+    lm = load_lm("pylib-64", "cpu", "float32")
+    from sae_nb.text import load_text
+    rows = next(sae_nb.acts.Stream(lm, load_text(str(text)), "resid_post.2", 64, 2_000).blocks()).read()
+    monkeypatch.setattr(sae_nb.acts, "norm_limit", lambda *given: rows.norm(dim=1).quantile(.95).item())
+    with pytest.warns(UserWarning, match="of the rows read for") as told:
+        assert main([str(a) for a in train_with(text, tmp_path / "run", **{"eval-tokens": 300})]) == 0
+    count = json.loads((tmp_path / "run/metrics.json").read_text())["left_out_training"]
+    assert count > 50 and any(str(w.message).startswith(f"{count:,} of the rows read for {tmp_path / 'run'} were left out") for w in told)
+    monkeypatch.undo()
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu", "--tokens", "300"]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["left_out_training"] == count

@@ -1,14 +1,21 @@
 "A run folder says what it was made from, and only that run goes on in it."
-import json, os, shutil
+import csv, json, os, shutil, warnings
+from contextlib import closing
+from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from sae_nb.core import UserError, read_json
+
+import sae_nb.acts
+import sae_nb.runs
+from sae_nb.acts import Stream
+from sae_nb.core import UserError, digest, pick_device, read_json
 from sae_nb.lm import load_lm
-from sae_nb.runs import RunConfig, located, open_run, run, run_subject, save_checkpoint
+from sae_nb.runs import RunConfig, Source, left_out, located, open_run, read_steps, recipe, run, run_config, run_subject
 from sae_nb.sae import SAE
-from sae_nb.text import load_text
+from sae_nb.train import TrainConfig
 
 WORDS = "one two three four five six seven eight nine ten alpha beta gamma delta".split()
 
@@ -156,3 +163,204 @@ def test_everything_written_is_strict_json(text, lm, tmp_path):
     for name in ("config.json", "cfg.json"): json.loads((tmp_path / "run" / name).read_text(), parse_constant=refuse)
     for line in (tmp_path / "run/steps.jsonl").read_text().splitlines(): json.loads(line, parse_constant=refuse)
     assert set(read_json(tmp_path / "run/config.json")["made of"]) == {"lm digest", "text digest"}
+
+
+# --- which text, and how it is read ---------------------------------------------------------------------
+
+def notes(path, columns=("ask", "answer")):
+    "A table with a column for each name, of other words; columns of one name are the same everywhere."
+    g = torch.Generator().manual_seed(1)
+    draw = lambda some: " ".join(some[i] for i in torch.randint(len(some), (30,), generator=g))
+    rows = [{"ask": draw(WORDS[:7]), "answer": draw(WORDS[7:])} for _ in range(500)]
+    with open(path, "w", newline="") as f:
+        out = csv.DictWriter(f, columns, extrasaction="ignore")
+        out.writeheader(); out.writerows(rows)
+    return path
+
+
+def trained(cfg, folder, lm=None):
+    "The bits that a run ends with."
+    list(run(cfg, folder, lm=lm))
+    return (folder / "sae.safetensors").read_bytes()
+
+
+def digests(folder): return read_json(folder / "config.json")["made of"]
+
+
+def test_a_table_is_trained_on_and_measured_by_its_column(lm, tmp_path):
+    both, only = notes(tmp_path / "both.csv"), notes(tmp_path / "only.csv", ["answer"])
+    ask, answer = (trained(config(both, column=c), tmp_path / c, lm) for c in ("ask", "answer"))
+    assert answer == trained(config(only), tmp_path / "only", lm) != ask
+    assert digests(tmp_path / "answer") == digests(tmp_path / "only") != digests(tmp_path / "ask")
+    for column in ("ask", "answer"):
+        _, words, ours = run_subject(tmp_path / column)
+        assert ours and {w for d in words.read() for w in d.text.split()} == set(WORDS[:7] if column == "ask" else WORDS[7:])
+    assert run_subject(tmp_path / "ask", text=str(both))[2] is True   # read as the run reads it
+    assert run_subject(tmp_path / "ask", column="answer")[2] is False
+    sentence(lambda: next(run(config(both), tmp_path / "new", lm=lm)), "ask, answer", "column")
+    sentence(lambda: next(run(config(both, column="reply"), tmp_path / "new", lm=lm)), "reply", "ask, answer")
+    sentence(lambda: next(run(config(both, column="ask"), tmp_path / "answer", resume=True, lm=lm)), "differs in column")
+
+
+def test_windows_of_one_document_are_another_run(lm, tmp_path):
+    table = notes(tmp_path / "t.csv", ["answer"])
+    packed, apart = (trained(config(table, one_document=o), tmp_path / str(o), lm) for o in (False, True))
+    assert packed != apart and digests(tmp_path / "True")["text digest"] != digests(tmp_path / "False")["text digest"]
+    for one in (True, False): assert run_subject(tmp_path / str(one))[1].one_document is one and run_subject(tmp_path / str(one))[2]
+    sentence(lambda: next(run(config(table), tmp_path / "True", resume=True, lm=lm)), "differs in one_document")
+
+
+def test_a_run_of_an_earlier_version_goes_on(text, lm, tmp_path):
+    "Its `config.json` lacks settings that came later; a setting that nobody knows is not passed over."
+    whole = trained(config(text), tmp_path / "whole", lm)
+    with closing(run(config(text), tmp_path / "run", lm=lm)) as going: list(islice(going, 3))
+    path = tmp_path / "run/config.json"
+    kept = read_json(path)
+    path.write_text(json.dumps(kept | {"run": {k: v for k, v in kept["run"].items() if k not in ("column", "one_document", "store")}}))
+    assert run_config(tmp_path / "run") == config(text)
+    sentence(lambda: next(run(config(text, one_document=True), tmp_path / "run", resume=True, lm=lm)), "differs in one_document")
+    assert [s.step for s in run(config(text), tmp_path / "run", resume=True, lm=lm)] == [4, 5, 6, 7, 8]
+    assert (tmp_path / "run/sae.safetensors").read_bytes() == whole
+    path.write_text(json.dumps(kept | {"run": kept["run"] | {"unheard_of": 1}}))
+    sentence(lambda: next(run(config(text), tmp_path / "run", resume=True, lm=lm)), "differs in unheard_of")
+    sentence(lambda: run_config(tmp_path / "run"), "config.json", "unheard_of")
+
+
+# --- every setting does what it says, and nothing else --------------------------------------------------
+
+def trace(cfg, folder, monkeypatch):
+    "Train, and note everything that a setting could change, each under its name."
+    seen = {}
+    real = {name: getattr(sae_nb.runs, name) for name in ("load_lm", "batches", "train")}
+
+    def blocks_noted(blocks):
+        for i, block in enumerate(blocks):
+            if not i: seen["blocks"] = digest({"rows": block.read()})
+            yield block
+
+    def train(sae, rows, settings, state, held_out):
+        seen.update({f"train.{k}": v for k, v in settings.to_dict().items()} | {f"sae.{k}": v for k, v in sae.cfg.to_dict().items()})
+        seen.update({"start": digest(dict(sae.state_dict())), "held out": digest({"rows": held_out}), "device": str(sae.W_enc.device)})
+        order = []
+        yield from real["train"](sae, (order.append(digest({"rows": r})) or r for r in rows), settings, state=state, held_out=held_out)
+        seen["order"] = order
+
+    def load(*given):
+        seen["loaded"] = given
+        return real["load_lm"](*given)
+
+    monkeypatch.setattr(sae_nb.runs, "load_lm", load)
+    monkeypatch.setattr(sae_nb.runs, "train", train)
+    monkeypatch.setattr(sae_nb.runs, "batches", lambda blocks, *more, **how: real["batches"](blocks_noted(blocks), *more, **how))
+    list(run(cfg, folder))
+    monkeypatch.undo()
+    about = read_json(folder / "config.json")
+    assert about["run"] == cfg.to_dict() and about["train"] == {k[6:]: v for k, v in seen.items() if k.startswith("train.")}
+    return seen | about["made of"] | {"weights": digest(dict(SAE.load(folder).state_dict())), "stored": bool(cfg.store and os.listdir(cfg.store))}
+
+
+ROWS = {"blocks", "order"}                   # rows that are read, and those of each step
+READ = ROWS | {"held out", "start", "weights"}   # the start is computed from the first rows
+CHANGES = dict(   # the new value, and all that differs with it
+    lm=("pylib-128", READ | {"loaded", "lm digest", "sae.lm", "sae.d", "train.k_aux"}), text=(None, READ | {"text digest"}),
+    column=("answer", READ | {"text digest"}), one_document=(True, READ | {"text digest"}),
+    site=("resid_post.2", READ | {"sae.site"}), context=(48, READ | {"sae.context"}), dtype=("bfloat16", READ | {"loaded"}),
+    n=(512, {"sae.n", "train.lr", "start", "weights"}), k=(6, {"sae.k", "start", "weights"}),
+    tokens=(9_000, ROWS | {"weights", "train.tokens", "train.dead_tokens", "train.ema"}),
+    seed=(1, {"train.seed", "order", "start", "weights"}), batch=(3_000, ROWS | {"train.batch", "train.ema", "weights"}),
+    lr=(.01, {"train.lr", "weights"}), aux=(.5, {"train.aux", "weights"}), multi_topk=(True, {"train.multi_topk", "weights"}),
+    encoder=("bfloat16", {"train.encoder"}), normalise=("layer_norm", {"sae.normalise", "start", "weights"}), device=("auto", {"loaded"}),
+    store=(None, ROWS | {"weights", "stored"}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A small run on a column of a table, with dead latents, and what it does."
+    folder = tmp_path_factory.mktemp("base")
+    cfg = config(notes(folder / "t.csv"), column="ask", n=256, tokens=8_192)
+    with pytest.MonkeyPatch.context() as m: return cfg, trace(cfg, folder / "run", m)
+
+
+def test_every_setting_of_a_run_has_its_test(): assert set(CHANGES) == {f.name for f in fields(RunConfig)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_of_a_run_changes_what_it_says_and_nothing_else(name, base, tmp_path, monkeypatch):
+    "What is read, in which order, with what training starts and ends, and every setting that follows."
+    if name == "device" and pick_device("auto").type != "cpu": pytest.skip("auto is another device here, with other roundings")
+    value, wanted = CHANGES[name]
+    if name == "text":
+        value = notes(tmp_path / "u.csv")
+        value.write_text(value.read_text().replace("two", "cow"))
+    if name == "store": value = tmp_path / "store"
+    cfg, before = base
+    after = trace(replace(cfg, **{name: value}), tmp_path / "run", monkeypatch)
+    assert before.keys() == after.keys()
+    assert {k for k in before if before[k] != after[k]} - ({"weights"} if name == "encoder" else set()) == wanted
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
+def test_a_setting_goes_past_the_recipe_as_it_is(name):
+    "And leaves what the rules say of all others."
+    values = dict(tokens=999, encoder="bfloat16", multi_topk=True, decay=.25, ema=.5, beta1=.5, beta2=.5)
+    ruled = recipe(64, 4, 999 if name == "tokens" else 2_048)
+    value = values.get(name, 7)
+    given = replace(ruled, **{name: value})
+    assert recipe(64, 4, 999) == given if name == "tokens" else recipe(64, 4, 2_048, **{name: value}) == given != ruled
+
+
+# --- rows far outside of the rest ------------------------------------------------------------------------
+
+def far_out(text, lm, cfg, limit, size=700):
+    "A source of small blocks without the rows beyond a limit, and how many it leaves out of each of its first blocks."
+    words = sae_nb.runs.run_text(cfg)
+    stream = lambda limit: Stream(lm, words, cfg.site, cfg.context, size, forward=256, limit=limit)
+    counts = [int((b.read().norm(dim=-1) > limit).sum()) for b in islice(stream(float("inf")).blocks(), 6)]
+    rows = [b.rows for b in islice(stream(limit).blocks(), 6)]
+    def source():
+        s, sample = stream(limit), next(stream(limit).blocks()).read()
+        return Source(lm, sample, sample, s.blocks(), outside=s.outside)
+    return source, counts, rows
+
+
+def test_rows_left_out_are_counted_and_told_whatever_interrupts(text, lm, tmp_path):
+    "Up to the block of each step; a run that goes on counts the blocks that it does not read again."
+    cfg = config(text, batch=100, tokens=2_000)
+    norms = next(Stream(lm, sae_nb.runs.run_text(cfg), cfg.site, cfg.context, 2_000).blocks()).read().norm(dim=-1)
+    source, counts, rows = far_out(text, lm, cfg, norms.quantile(.9).item())
+    ends = [sum(r // 100 for r in rows[:i + 1]) for i in range(6)]
+    want = [sum(counts[:1 + next(i for i, e in enumerate(ends) if step <= e)]) for step in range(1, 21)]
+    assert len(set(want)) >= 3 and all(counts)
+    with pytest.warns(UserWarning, match=f"{want[-1]} of the rows"): list(run(cfg, tmp_path / "whole", source=source()))
+    assert [s["left_out"] for s in read_steps(tmp_path / "whole")] == want and left_out(tmp_path / "whole") == want[-1]
+    for stop in (1, ends[0] - 1, ends[0], ends[0] + 1, ends[1], 20):
+        folder = tmp_path / str(stop)
+        with closing(run(cfg, folder, source=source())) as going: list(islice(going, stop))
+        with pytest.warns(UserWarning, match=f"{want[-1]} of the rows"): list(run(cfg, folder, resume=True, source=source()))
+        assert [s["left_out"] for s in read_steps(folder)] == want, stop
+
+
+def test_what_an_earlier_version_did_not_count_is_not_guessed(text, lm, tmp_path):
+    cfg = config(text, batch=100, tokens=2_000)
+    source, _, rows = far_out(text, lm, cfg, 1e9)
+    with closing(run(cfg, tmp_path / "run", source=source())) as going: list(islice(going, rows[0] // 100 + 2))
+    steps = read_steps(tmp_path / "run")
+    (tmp_path / "run/steps.jsonl").write_text("".join(json.dumps({k: v for k, v in s.items() if k != "left_out"}) + "\n" for s in steps))
+    list(run(cfg, tmp_path / "run", resume=True, source=source()))
+    assert left_out(tmp_path / "run") is None
+    list(run(cfg, tmp_path / "new", source=replace(source(), outside=None)))
+    assert left_out(tmp_path / "new") is None and left_out(tmp_path) is None
+
+
+def test_nothing_is_told_where_nothing_is_left_out(text, lm, tmp_path):
+    with warnings.catch_warnings(record=True) as told: list(run(config(text), tmp_path / "run", lm=lm))
+    assert left_out(tmp_path / "run") == 0 and not [w for w in told if "left out" in str(w.message)]
+
+
+def test_rows_left_out_of_a_store_are_counted_by_all_who_share_it(text, lm, tmp_path, monkeypatch):
+    cfg = config(text, store=str(tmp_path / "store"))
+    norms = next(Stream(lm, sae_nb.runs.run_text(cfg), cfg.site, cfg.context, 2_000).blocks()).read().norm(dim=-1)
+    monkeypatch.setattr(sae_nb.acts, "norm_limit", lambda *given: norms.quantile(.9).item())
+    for name in ("first", "second"): list(run(cfg, tmp_path / name, lm=lm))
+    kept = read_json(tmp_path / "store/store.json")["shards"]
+    assert left_out(tmp_path / "first") == left_out(tmp_path / "second") == kept[0]["left_out"] > 100

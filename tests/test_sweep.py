@@ -1,5 +1,5 @@
 "A sweep trains side by side what it would have trained alone, survives any kill, and ends in one table."
-import csv, multiprocessing, random, shutil, time
+import csv, json, multiprocessing, random, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import sae_nb.acts
+import sae_nb.sweep
 from sae_nb.acts import Block
-from sae_nb.core import UserError
+from sae_nb.core import UserError, read_json
 from sae_nb.lm import load_lm
 from sae_nb.runs import RunConfig, run
-from sae_nb.sweep import _remembered, flops_per_row, grid, side_by_side, sweep, sweep_rows, write_table
+from sae_nb.sweep import _remembered, flops_per_row, grid, is_done, side_by_side, sweep, sweep_rows, write_table
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,63 @@ def test_a_run_killed_between_its_two_files_can_be_evaluated(runs, whole, tmp_pa
     shutil.copytree(whole / "n64-k4", tmp_path / "run")
     (tmp_path / "run/cfg.json").unlink()
     assert SAE.load(tmp_path / "run").cfg.n == 64
+
+
+# --- what may be shared -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    "Runs that each differ from the first in one thing that decides the rows, two of them on the same rows, and two more texts."
+    folder, g = tmp_path_factory.mktemp("apart"), random.Random(1)
+    line = lambda some: " ".join(g.choice(some) for _ in range(24))
+    with open(folder / "t.csv", "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerows([("ask", "answer"), *((line(["x", "=", "1", "def"]), line(["self", "(", ")", "import"])) for _ in range(300))])
+    shutil.copy(folder / "t.csv", folder / "u.csv")
+    (folder / "u.csv").write_text((folder / "u.csv").read_text().replace("def", "return"))
+    first = RunConfig(lm="pylib-64", text=str(folder / "t.csv"), column="ask", site="resid_post.1", n=64, k=4, tokens=2_048, context=32, dtype="float32", device="cpu")
+    others = dict(site="resid_post.2", context=48, text=str(folder / "u.csv"), column="answer", one_document=True, tokens=1_500, batch=3_000, dtype="bfloat16",
+                  lm="pylib-128", store=str(folder / "store"))
+    return {"first": first, "more": replace(first, n=128), **{name: replace(first, **{name: value}) for name, value in others.items()}}
+
+
+@pytest.fixture(scope="module")
+def alone(apart, tmp_path_factory):
+    "Each of them by itself."
+    folder = tmp_path_factory.mktemp("alone")
+    for name, cfg in apart.items():
+        for _ in run(replace(cfg, store=cfg.store and str(folder / "store")), folder / name): pass
+    return folder
+
+
+def test_runs_on_other_rows_do_not_share_the_rows_of_the_first(apart, alone, tmp_path, monkeypatch):
+    "Together or in any order, each ends as by itself; only the two on the same rows are read once."
+    made, real = [], sae_nb.sweep.Source.of
+    monkeypatch.setattr(sae_nb.sweep.Source, "of", lambda cfg, lm: made.append(cfg) or real(cfg, lm))
+    order = list(apart.items())[::-1]
+    list(sweep(dict(order), tmp_path))
+    assert len(made) == len(apart) - 1
+    for name in apart: assert weights(tmp_path, name) == weights(alone, name), name
+    assert len({weights(alone, name) for name in apart}) == len(apart)
+
+
+def test_a_sweep_goes_on_beside_finished_runs_of_other_texts(apart, alone, tmp_path):
+    "What is finished is compared with its own text: another column, or windows cut otherwise, are no change of it."
+    for name in ("column", "one_document", "text", "dtype"): shutil.copytree(alone / name, tmp_path / name)
+    runs = {name: apart[name] for name in ("first", "column", "one_document", "text", "dtype")}
+    assert {p.run for p in sweep(runs, tmp_path)} == {"first"} and weights(tmp_path, "first") == weights(alone, "first")
+
+
+def test_a_finished_run_of_an_earlier_version_is_done(apart, alone, tmp_path):
+    folder = shutil.copytree(alone / "text", tmp_path / "run")
+    kept = read_json(folder / "config.json")
+    for gone in (["one_document"], ["one_document", "store", "multi_topk"]):
+        (folder / "config.json").write_text(json.dumps(kept | {"run": {k: v for k, v in kept["run"].items() if k not in gone}}))
+        assert is_done(folder, apart["text"]) and [r["run"] for r in sweep_rows(tmp_path) if r["final"]] == ["run"]
+        with pytest.raises(UserError, match="differs in one_document"): is_done(folder, replace(apart["text"], one_document=True))
+    (folder / "config.json").write_text('{"run": []}')
+    with pytest.raises(UserError, match="config.json"): is_done(folder, apart["text"])
+    for lost, said in ((dict(d=64), "learning rate"), (dict(d=-1, train={"lr": 1}), "width"), (dict(d=64, train={"lr": "1"}), "learning rate"),
+                       (dict(run=kept["run"] | {"n": "many"}, d=64, train={"lr": 1}), "n is 'many'")):
+        (folder / "config.json").write_text(json.dumps({"run": kept["run"]} | lost))
+        with pytest.raises(UserError, match="config.json.*" + said): sweep_rows(tmp_path)
