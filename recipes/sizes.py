@@ -1,6 +1,6 @@
 """Do more latents make a better SAE, in every measure? Train a few sizes on the same rows and evaluate each.
 
-    python recipes/sizes.py --out DIR       # DIR/sizes.json; half an hour on two cores, goes on after an interruption
+    python recipes/sizes.py --out DIR       # DIR/sizes.json; half an hour on one quiet core, goes on after an interruption
 
 Three sizes with two seeds each, one for the largest. `recipes/results/sizes.json` is what it gave; `29_suite` shows it.
 """
