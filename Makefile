@@ -27,7 +27,7 @@ test: $(READY)
 # the widgets in a real browser, through Voila and JupyterLab; needs Chromium or Chrome
 browser: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev,browser]'
-	$(BIN)/python -m pytest tests/test_explorer.py tests/test_explorer_kernel.py tests/test_live.py
+	$(BIN)/python -m pytest tests/test_explorer.py tests/test_explorer_kernel.py tests/test_live.py tests/test_twice.py
 
 setup: $(READY)
 
