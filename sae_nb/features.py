@@ -142,11 +142,16 @@ def encode_column(values) -> str:
 def decode_column(text:str): return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
 
 # %% ../nbs/40_features.ipynb #3087e336
+def _quote(feature, most=3, around=6) -> str:   # contexts, and tokens on each side
+    "The words around the strongest firings, to be searched."
+    near = ("".join(c.tokens[max(0, c.at - around):c.at + around + 1]) for c in feature.top[:most])
+    return " … ".join(dict.fromkeys(near))
+
 def _index(about, features) -> dict:
-    "The index of a payload, from what is kept of each feature: figures, word, explanation."
+    "The index of a payload, from what is kept of each feature: figures, word, quote, explanation."
     columns = {c: encode_column([math.nan if f[i] is None else f[i] for f, *_ in features]) for i, c in enumerate(COLUMNS)}
     known = dict(n=len(features), rows=0, lm="", site="", text="", context=0, d=0, k=None, bin=1., shard=64, made_from={}, shards=[], files={})
-    return {"format": FORMAT, "version": VERSION, **known, **about, "n": len(features), "columns": columns, "tokens": [w for _, w, _ in features],
+    return {"format": FORMAT, "version": VERSION, **known, **about, "n": len(features), "columns": columns, "tokens": [w for _, w, *_ in features], "quotes": [q for _, _, q, _ in features],
             "explanations": [e for *_, e in features], "sources": about.get("sources", {})}
 
 def _shards(about, features, kept):
@@ -157,7 +162,7 @@ def _shards(about, features, kept):
         words, first = {}, len(kept)
         found = [f.id for f in some] == list(range(first, first + len(some)))
         check(found, f"features come as {some[0].id}, … where {first}, … was expected: give all of them in order")
-        kept += [([getattr(f, c) for c in COLUMNS], f.word, (f.explanation or {}).get("text", "")) for f in some]
+        kept += [([getattr(f, c) for c in COLUMNS], f.word, _quote(f), (f.explanation or {}).get("text", "")) for f in some]
         packed = [pack(f, words) for f in some]
         yield {"format": FORMAT, "words": list(words), "latents": packed}
 
@@ -182,8 +187,8 @@ class Payload:
     def _fits(self) -> bool:
         "Do the parts of the index belong together?"
         i, n = self.index, self.n
-        texts = [*self.tokens, *self.explanations, i["lm"], i["site"], i["text"]]
-        lengths = {n, len(self.tokens), len(self.explanations), *(len(self.columns[c]) for c in COLUMNS)}
+        texts = [*self.tokens, *self.quotes, *self.explanations, i["lm"], i["site"], i["text"]]
+        lengths = {n, len(self.tokens), len(self.quotes), len(self.explanations), *(len(self.columns[c]) for c in COLUMNS)}
         sizes = i["shard"] > 0 and 0 < i["bin"] < math.inf and i["rows"] >= 0 and i["context"] >= 0
         named = isinstance(i["shards"], list) and isinstance(i["files"], dict) and isinstance(i["made_from"], dict)
         return lengths == {n} and all(isinstance(t, str) for t in texts) and sizes and named
@@ -204,6 +209,11 @@ class Payload:
         return cls(_index(about, kept), shards.__getitem__)
 
     n, tokens, explanations = (property(lambda self, key=key: self.index[key]) for key in ("n", "tokens", "explanations"))
+
+    @property
+    def quotes(self):
+        "The words around each latent's strongest firings; empty in what an earlier version wrote."
+        return self.index.get("quotes", [""] * self.n)
 
     @cached_property
     def columns(self): return {c: decode_column(t) for c, t in self.index["columns"].items()}

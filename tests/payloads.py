@@ -71,6 +71,6 @@ def made(folder, n=100, seed=0, many=None, shard=64):
         (Path(folder) / "shards" / f"{j:05}.json").write_bytes(content)
         marks.append(digest(content))
     columns = {c: encode_column(np.resize(v, n)) for c, v in small.columns.items()}
-    index = small.index | dict(n=n, tokens=repeat(small.tokens), explanations=repeat(small.explanations), columns=columns, shards=marks)
+    index = small.index | dict(n=n, tokens=repeat(small.tokens), quotes=repeat(small.quotes), explanations=repeat(small.explanations), columns=columns, shards=marks)
     write_json(Path(folder) / "index.json", _sealed(index))
     return Payload.open(folder)

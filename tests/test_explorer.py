@@ -226,7 +226,7 @@ def test_a_hundred_thousand_latents(payload, tmp_path, record_property):
     n, small = 100_000, payload.index
     resize = lambda items: [items[i % payload.n] for i in range(n)]
     columns = {c: np.resize(v, n) for c, v in payload.columns.items()}
-    index = small | dict(n=n, shard=50, tokens=resize(small["tokens"]), explanations=resize(small["explanations"]), columns={c: encode_column(v) for c, v in columns.items()})
+    index = small | dict(n=n, shard=50, tokens=resize(small["tokens"]), quotes=resize(small["quotes"]), explanations=resize(small["explanations"]), columns={c: encode_column(v) for c, v in columns.items()})
     read = lambda j: {"words": payload.shard(0)["words"], "latents": payload.shard(0)["latents"][:50]}   # the first shard is all that is written
     target = export_page(Payload(index, read), tmp_path / "page", progress=lambda shards: list(shards)[:1])
     with chromium() as page:
@@ -250,3 +250,21 @@ def test_a_hundred_thousand_latents(payload, tmp_path, record_property):
         page.get_by_role("listbox", name="latents").press("End")
         page.wait_for_function("document.querySelector('.latent.on').getAttribute('aria-posinset') == document.querySelector('.latent.on').getAttribute('aria-setsize')")
         assert not page.problems or all("ERR_FILE_NOT_FOUND" in p for p in page.problems)
+
+
+@needs_browser
+def test_words_of_contexts_are_found(tmp_path):
+    "The search looks into the strongest contexts as well, and a row found there says where."
+    made(tmp_path / "features", n=30)
+    payload = Payload.open(tmp_path / "features")
+    fit = [i for i, quote in enumerate(payload.quotes) if "</b><script>" in quote and payload.columns["density"][i] > 0]
+    named = [i for i in fit if "</b><script>" in payload.tokens[i] + payload.explanations[i]]
+    assert 0 < len(fit) < 25 and not named
+    target = export_page(payload, tmp_path / "page.html")
+    with chromium() as page:
+        page.goto(target.as_uri())
+        page.get_by_role("searchbox").fill("</B><script>")
+        page.wait_for_function(f"document.querySelector('.count').textContent.startsWith('{len(fit)} of')")
+        assert {int(row.get_attribute("data-id")) for row in page.locator(".latent").all()} == set(fit)
+        assert all("</b><script>" in text and text.startswith("«") for text in page.locator(".latent .about").all_inner_texts())
+        assert not page.problems

@@ -12,9 +12,9 @@ import torch
 from payloads import TEXTS, about, feature as made_feature, made
 
 from sae_nb.collect import Best, Collected, Collector, Histograms, collect, contexts, feature, ranked, together
-from sae_nb.core import UserError
+from sae_nb.core import UserError, write_json
 from sae_nb.dossier import Live, direct_map, directions, exact, explanations, favoured, nearest, striking, with_effects, write_features
-from sae_nb.features import COLUMNS, EFFECTS, Context, Feature, Payload, decode_column, encode_column, moments, pack, read_openai, unpack, write_payload
+from sae_nb.features import COLUMNS, EFFECTS, Context, Feature, Payload, _sealed, decode_column, encode_column, moments, pack, read_openai, unpack, write_payload
 from sae_nb.lm import LM, load_lm
 from sae_nb.sae import SAE, Channels, Code, SAEConfig, init_
 from sae_nb.text import Document, Span, Text, Windows, Words, load_text, load_tokenizer, windows
@@ -872,3 +872,17 @@ def test_notes_of_two_explorers_are_all_kept(tmp_path):
     for t in threads: t.start()
     for t in threads: t.join()
     assert set(read_notes(folder)) == {*range(20), *range(50, 70)}
+
+
+def test_the_index_quotes_the_strongest_firings(tmp_path):
+    "Six tokens on each side of the three strongest, each stretch once; an index of an earlier version has none."
+    words = [f"w{i} " for i in range(40)]
+    at = lambda i, doc="a": Context(words, [0.] * 40, i, 1., doc, i)
+    loud = Feature(0, top=[at(20), at(20, "b"), at(2), at(30)])
+    payload = write_payload(tmp_path, {}, [loud, Feature(1)])
+    assert payload.quotes == ["".join(words[14:27]) + " … " + "".join(words[:9]), ""]
+    old = {name: part for name, part in payload.index.items() if name != "quotes"}
+    write_json(tmp_path / "index.json", _sealed(old))
+    assert Payload.open(tmp_path).quotes == ["", ""]
+    write_json(tmp_path / "index.json", _sealed(old | {"quotes": ["one"]}))
+    with pytest.raises(UserError, match="do not belong together"): Payload.open(tmp_path)

@@ -341,14 +341,22 @@ class Latents {
     const all = new Float32Array(raw.slice().buffer);
     this.n = head.n; this.head = head; this.columns = {};
     head.columns.forEach((name, i) => { this.columns[name] = all.subarray(i * head.n, (i + 1) * head.n); });
-    this.tokens = texts.tokens; this.explanations = texts.explanations;
-    this.haystack = this.tokens.map((t, i) => `${t}\n${this.explanations[i]}`.toLowerCase());
+    this.tokens = texts.tokens; this.quotes = texts.quotes; this.explanations = texts.explanations;
+    this.named = this.tokens.map((t, i) => `${t}\n${this.explanations[i]}`.toLowerCase());
+    this.haystack = this.named.map((t, i) => `${t}\n${this.quotes[i].toLowerCase()}`);
     this.orders = {}; this.shards = new Map(); this.waiting = {};
     this.answer = (msg, buffers) => this.waiting[`${msg.type}${msg.key ?? ""}`]?.splice(0).forEach((done) => done(msg, buffers));
     model.on("msg:custom", this.answer);
   }
 
   close() { this.model.off("msg:custom", this.answer); }
+
+  /** What a row of the list says of a latent; where only its contexts have the words looked for, the place in them. */
+  told(id, query) {
+    const at = query && !this.named[id].includes(query) ? this.quotes[id].toLowerCase().indexOf(query) : -1;
+    if (at < 0) return this.explanations[id];
+    return `« ${this.quotes[id].slice(Math.max(0, at - 12), at + query.length + 24).replace(/\s+/g, " ")} »`;
+  }
 
   known(name) { return this.columns[name]?.some((v) => !Number.isNaN(v)) ?? false; }
 
@@ -410,7 +418,7 @@ function latent_list(latents, marks, onselect) {
   const rows = h("div", { class: "rows" });
   const box = h("div", { class: "list", role: "listbox", tabindex: 0, "aria-label": "latents; arrow keys select" }, rows);
   const none = h("p", { class: "muted none", hidden: true }, "No latent fits: clear the search or widen the filters.");
-  const list = { el: h("div", { class: "listbox" }, box, none), shown: new Uint32Array(0), column: "density", at: -1 };
+  const list = { el: h("div", { class: "listbox" }, box, none), shown: new Uint32Array(0), column: "density", query: "", at: -1 };
   list.draw = () => {
     const top = clamp(Math.floor(box.scrollTop / ROW) - 4, 0, list.shown.length), made = [];
     const end = Math.min(list.shown.length, top + Math.ceil((box.clientHeight || 460) / ROW) + 9);
@@ -420,7 +428,7 @@ function latent_list(latents, marks, onselect) {
         role: "option", "aria-selected": String(on), "aria-posinset": i + 1, "aria-setsize": list.shown.length },
       h("span", { class: "id" }, `${id}`), word(latents.tokens[id]),
       h("span", { class: "value" }, list.column === "density" || list.column === "id" ? share(value) : short(value)),
-      h("span", { class: "about" }, marks.note(id) ? `✎ ${marks.note(id)}` : latents.explanations[id])));
+      h("span", { class: "about" }, marks.note(id) ? `✎ ${marks.note(id)}` : latents.told(id, list.query))));
     }
     rows.replaceChildren(...made);
     rows.style.height = `${list.shown.length * ROW}px`;
@@ -654,8 +662,8 @@ function explorer_view(model, root, tip) {
   for (const v of D) if (v > 0) { least = Math.min(least, v); most = Math.max(most, v); }
   if (!most) now.alive = false;
   const density = (step) => least * ((most || 1) / least) ** (step / 100);
-  const search = h("input", { type: "search", placeholder: "search token or explanation ( / )",
-    "aria-label": "search by token at the peak or by explanation", oninput: () => { now.query = search.value; filter(); } });
+  const search = h("input", { type: "search", placeholder: "search token, explanation or context ( / )",
+    "aria-label": "search by token at the peak, by explanation, or by words around the strongest firings", oninput: () => { now.query = search.value; filter(); } });
   const sorts = Object.keys(NAMES).filter((c) => latents.columns[c]).map((c) => [c, NAMES[c] + (latents.known(c) ? "" : " (unknown)"), !latents.known(c)]);
   const arrow = button("↓", () => { now.down = !now.down; turn(); filter(); });
   const turn = () => {
@@ -679,6 +687,7 @@ function explorer_view(model, root, tip) {
       if (d < low || d > high || (now.alive && !(d > 0)) || (query && !hay[i].includes(query))) continue;
       found[m++] = i;
     }
+    list.query = query;
     list.set(found.subarray(0, m), now.by);
     range_said.textContent = `density ${now.low > 0 ? share(density(now.low)) : "any"} to ${now.high < 100 ? share(density(now.high)) : "any"}`;
     count.textContent = `${short(m)} of ${short(latents.n)} latents${lassoed ? " in the selection" : ""}`;

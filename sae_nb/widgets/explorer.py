@@ -75,7 +75,7 @@ def state(payload:Payload, **more) -> dict:   # `more` goes into the head
     about = f"{short(int(i['rows']))} tokens of {i['text'] or 'a text'}, read at {i['site'] or 'a site'} of {i['lm'] or 'a model'}"
     head = dict(n=payload.n, bin=i["bin"], shard=i["shard"], columns=list(COLUMNS), title=f"{payload.n:,} latents", about=about)
     head |= dict(live=False, effects=False, static=False, no_model="") | more
-    texts = to_json({"tokens": payload.tokens, "explanations": payload.explanations}, tight=True)
+    texts = to_json({"tokens": payload.tokens, "quotes": payload.quotes, "explanations": payload.explanations}, tight=True)
     columns = b"".join(np.asarray(payload.columns[c], "<f4").tobytes() for c in COLUMNS)
     return dict(head=head, columns_data=columns, texts_data=texts.encode("utf-8", "backslashreplace"))
 
