@@ -320,7 +320,7 @@ def _described(folder, about:dict):
 # %% ../nbs/12_runs.ipynb #877fe37c
 def _kept(folder, state, unseen, rows, every, outliers):
     "The training loop, with a line for each step and a checkpoint now and then."
-    saved, took, between = time.monotonic(), 0., True   # between two steps the state is whole, inside one it is not
+    saved, took, between = time.monotonic(), 0., False   # between two steps the state is whole and logged, inside one it is not
     try:
         for step in train(state.sae, rows, state.cfg, state=state, held_out=unseen) if state.step < state.cfg.steps else ():
             _log(folder, asdict(step) | {"left_out": outliers.at(step.step)})

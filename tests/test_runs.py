@@ -1,5 +1,5 @@
 "A run folder says what it was made from, and only that run goes on in it."
-import csv, json, os, shutil, warnings
+import csv, errno, json, os, shutil, warnings
 from contextlib import closing
 from dataclasses import fields, replace
 from itertools import islice
@@ -364,3 +364,79 @@ def test_rows_left_out_of_a_store_are_counted_by_all_who_share_it(text, lm, tmp_
     for name in ("first", "second"): list(run(cfg, tmp_path / name, lm=lm))
     kept = read_json(tmp_path / "store/store.json")["shards"]
     assert left_out(tmp_path / "first") == left_out(tmp_path / "second") == kept[0]["left_out"] > 100
+
+
+def full_disk(monkeypatch, at):
+    "From now on the write number `at` finds no room; gives the names of what was written."
+    names, fsync = [], os.fsync
+    def fails(handle):
+        names.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        if len(names) - 1 == at: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", fails)
+    return names
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+def test_a_full_disk_at_any_write_is_a_sentence_and_the_run_goes_on(text, lm, tmp_path, monkeypatch):
+    "At each file that a run writes: the sentence names it, and the same call ends with the bits of an untouched run."
+    cfg = config(text, tokens=1_024)
+    with monkeypatch.context() as m:
+        names = full_disk(m, -1)
+        list(run(cfg, tmp_path / "whole", lm=lm))
+    assert len(names) > 4 and any("sae.safetensors" in n for n in names) and any("config.json" in n for n in names)
+    for at, name in enumerate(names):
+        folder = tmp_path / f"full{at}"
+        with monkeypatch.context() as m:
+            full_disk(m, at)
+            sentence(lambda: list(run(cfg, folder, lm=lm)), "No space left", name.split(".")[1])
+        assert not [p for p in folder.rglob("*") if "sae_nb-tmp" in p.name]
+        list(run(cfg, folder, lm=lm, resume=True))
+        assert SAE.load(folder).digest == SAE.load(tmp_path / "whole").digest
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_full_disk_under_the_steps_is_a_sentence(text, lm, tmp_path, monkeypatch, begun):
+    "A step without its line is taken again, the first one of a resumed run too."
+    cfg = config(text, tokens=1_024)
+    list(run(cfg, tmp_path / "whole", lm=lm))
+    if begun:
+        with closing(run(cfg, tmp_path / "run", lm=lm)) as steps: next(steps)
+    def fails(path, mode="r", **more):
+        if mode == "a": raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, mode, **more)
+    with monkeypatch.context() as m:
+        m.setattr(sae_nb.runs, "open", fails, raising=False)
+        sentence(lambda: list(run(cfg, tmp_path / "run", lm=lm, resume=begun)), "steps.jsonl", "No space left", "--resume")
+    list(run(cfg, tmp_path / "run", lm=lm, resume=True))
+    told = [[s["step"] for s in read_steps(tmp_path / name)] for name in ("whole", "run")]
+    assert told[0] == told[1] and SAE.load(tmp_path / "run").digest == SAE.load(tmp_path / "whole").digest
+
+
+def test_odd_lines_among_the_steps_are_passed_over(text, lm, tmp_path):
+    "Other types, deep nesting, numbers of five thousand digits: the steps that are steps are read."
+    list(run(config(text, tokens=1_024), tmp_path / "run", lm=lm))
+    log, steps = tmp_path / "run/steps.jsonl", read_steps(tmp_path / "run")
+    odd = ['{"step": "x"}', "[1, 2]", "[" * 5_000 + "]" * 5_000, '{"step": ' + "9" * 5_000 + "}", "null", '{"step": 1', json.dumps(steps[0] | {"nmse": "low"})]
+    log.write_text("\n".join([*odd, *map(json.dumps, steps)]) + "\n")
+    assert read_steps(tmp_path / "run") == steps and steps
+
+
+def test_a_full_memory_is_a_sentence(text, lm, tmp_path, monkeypatch):
+    def fails(*a, **k): raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    monkeypatch.setattr(sae_nb.runs, "init_", fails)
+    sentence(lambda: list(run(config(text, tokens=1_024), tmp_path / "run", lm=lm)), "memory")
+
+
+@pytest.mark.parametrize("content", ["[" * 200 + "]" * 200, '{"d": ' + "9" * 5_000 + "}"], ids=["deep", "long"])
+@pytest.mark.parametrize("name", ["config.json", "cfg.json", "metrics.json"])
+def test_strange_json_in_a_run_is_a_sentence(text, lm, tmp_path, name, content):
+    "Nothing that a run keeps brings the reader down, and nothing is lost."
+    cfg = config(text, tokens=1_024)
+    list(run(cfg, tmp_path / "run", lm=lm))
+    (tmp_path / "run" / name).write_text(content)
+    before = files(tmp_path / "run")
+    reads = {"config.json": lambda: list(run(cfg, tmp_path / "run", lm=lm, resume=True)), "cfg.json": lambda: SAE.load(tmp_path / "run"),
+             "metrics.json": lambda: read_json(tmp_path / "run/metrics.json")}
+    sentence(reads[name], name)
+    assert files(tmp_path / "run") == before
