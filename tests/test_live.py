@@ -319,7 +319,7 @@ explorer = LawExplorer(law, cost, need, advise, runs=runs)
 echo = ipywidgets.Label("kernel: untouched")
 explorer.observe(lambda _: setattr(echo, "value", f"kernel: {{explorer.budget:.3e}} n={{explorer.advice.n.value:.0f}} warnings={{len(explorer.advice.warnings)}}"), "advice")
 cfg = RunConfig(lm="pylib-64", site="resid_post.2", n=128, k=8, tokens=8_192, context=64, dtype="float32", device="cpu")
-monitor = Monitor(run(cfg, Path({folder!r}) / "run"), total=cfg.tokens, each=lambda step: time.sleep(.5))
+monitor = Monitor(run(cfg, Path({folder!r}) / "run"), total=cfg.tokens, each=lambda step: time.sleep(.5 if step.step < 12 else 8))   # not done before a busy page asks it to stop
 '''
 
 
@@ -351,9 +351,12 @@ def drive(page, name):
     page.get_by_text("kernel: ").filter(has_text="warnings=2").first.wait_for()
     shot(page, f"{name}_dragged")
     slider = page.get_by_role("slider").first
-    slider.focus()
-    for _ in range(30): page.keyboard.press("PageDown")
-    page.get_by_text("kernel: ").filter(has_text="warnings=0").first.wait_for()
+    inside = page.get_by_text("kernel: ").filter(has_text="warnings=0")
+    for pressed in range(60):
+        slider.press("PageDown")   # comes with the focus, which a page that draws may take away
+        if pressed >= 30: page.wait_for_timeout(500)
+        if inside.count(): break
+    inside.first.wait_for()
     page.get_by_text("Inside of what was measured").first.wait_for()
     page.locator("[aria-label='chart: Is the loss falling?'] .scatterlayer").wait_for()
     shot(page, f"{name}_training")
