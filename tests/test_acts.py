@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from said import sentence
 
 import sae_nb.acts
 from sae_nb.acts import NORMALISE, Block, Store, Stream, batches, norm_limit, normalise, read_rows, write_store
-from sae_nb.core import UserError
 from sae_nb.lm import LM, load_lm
 from sae_nb.text import Document, Text, load_text, windows
 
@@ -30,11 +30,6 @@ def text():
 
 @pytest.fixture
 def stream(lm, text): return Stream(lm, text, SITE, CONTEXT, 1_000, mix=64)
-
-
-def one_sentence(f, *says):
-    with pytest.raises(UserError) as e: f()
-    assert "\n" not in str(e.value) and all(s in str(e.value) for s in says), str(e.value)
 
 
 def ids_of(windows): return [tuple(r.tolist()) for w in windows for r in w.ids]
@@ -167,8 +162,8 @@ def test_rows_that_are_no_numbers_get_a_sentence(stream, lm, value):
             x = super().read(ids, site)
             x[-1, -1, 0] = value
             return x
-    one_sentence(lambda: next(replace(stream, lm=Broken(lm.model, lm.tokenizer, "broken")).blocks()).read(), "NaN or infinity", "broken", "float32")
-    one_sentence(lambda: next(batches(iter([Block(4, lambda: torch.full((4, 2), value))]), 2)), "block 0", "NaN or infinity")
+    sentence(lambda: next(replace(stream, lm=Broken(lm.model, lm.tokenizer, "broken")).blocks()).read(), "NaN or infinity", "broken", "float32")
+    sentence(lambda: next(batches(iter([Block(4, lambda: torch.full((4, 2), value))]), 2)), "block 0", "NaN or infinity")
 
 
 # --- warnings --------------------------------------------------------------------------------------
@@ -212,22 +207,22 @@ def test_a_store_of_a_rewritten_text_is_refused(tmp_path, lm):
     write_store(tmp_path / "store", make(), 1_500)
     before = contents(tmp_path / "store")
     path.write_text(path.read_text().replace("line 7 of", "Line 7 of"))
-    one_sentence(lambda: write_store(tmp_path / "store", make(), 1_500), "text digest", "choose another folder")
-    one_sentence(lambda: write_store(tmp_path / "store", make(), 1_500, origin=Store.open(tmp_path / "store").origin), "text digest")
+    sentence(lambda: write_store(tmp_path / "store", make(), 1_500), "text digest", "choose another folder")
+    sentence(lambda: write_store(tmp_path / "store", make(), 1_500, origin=Store.open(tmp_path / "store").origin), "text digest")
     assert contents(tmp_path / "store") == before
 
 
 @pytest.mark.parametrize("other", [dict(context=16), dict(site="resid_post.2"), dict(block_rows=900), dict(mix=32), dict(held_out=True), dict(limit=math.inf)])
 def test_a_store_of_other_settings_is_refused(stored, stream, other):
-    one_sentence(lambda: write_store(stored.folder, replace(stream, **other), 2_500), "other activations")
-    one_sentence(lambda: write_store(stored.folder, replace(stream, **other), 2_500, origin=dict(name="mine")), "other activations")
+    sentence(lambda: write_store(stored.folder, replace(stream, **other), 2_500), "other activations")
+    sentence(lambda: write_store(stored.folder, replace(stream, **other), 2_500, origin=dict(name="mine")), "other activations")
 
 
 def test_a_store_of_other_weights_is_refused(stored, stream, lm):
     import copy
     model = copy.deepcopy(lm.model)
     with torch.no_grad(): next(model.parameters())[5, 5] += 1
-    one_sentence(lambda: write_store(stored.folder, replace(stream, lm=LM(model, lm.tokenizer, lm.name)), 2_500), "lm digest")
+    sentence(lambda: write_store(stored.folder, replace(stream, lm=LM(model, lm.tokenizer, lm.name)), 2_500), "lm digest")
 
 
 def test_a_renamed_text_and_model_are_the_same(stored, stream, lm, monkeypatch):
@@ -243,10 +238,10 @@ def test_shards_are_known_by_digest_kind_and_shape(stored):
     for other in (rows[:, [1, 0, *range(2, rows.shape[1])]].contiguous(), rows.flip(0), rows.reshape(-1, rows.shape[1] * 2) if len(rows) % 2 == 0 else rows[:, :-1].contiguous(),
                   half, rows + 0 * rows + 1e-3):
         save_file({"rows": other}, path)
-        one_sentence(lambda: stored.read(1), "shard-00001", "damaged")
+        sentence(lambda: stored.read(1), "shard-00001", "damaged")
     save_file({"rows": rows}, path)
     assert torch.equal(stored.read(1), rows)
-    one_sentence(lambda: stored.read(7), "shard 7")
+    sentence(lambda: stored.read(7), "shard 7")
 
 
 DAMAGED = {"not a list": lambda m: m | dict(shards={}), "no digest": lambda m: m | dict(shards=[{"file": "shard-00000.safetensors", "rows": 3}]),
@@ -255,12 +250,12 @@ DAMAGED = {"not a list": lambda m: m | dict(shards={}), "no digest": lambda m: m
            "null": lambda m: m | dict(shards=[None]), "older": lambda m: m | dict(shards=[dict(file="shard-00000.safetensors", rows=1, crc32=4)])}
 
 @pytest.mark.parametrize("how", DAMAGED)
-def test_a_damaged_list_is_one_sentence(stored, stream, how):
+def test_a_damaged_list_is_sentence(stored, stream, how):
     path = stored.folder / "store.json"
     path.write_text(json.dumps(DAMAGED[how](json.loads(path.read_text()))))
-    one_sentence(lambda: Store.open(stored.folder), "store.json")
+    sentence(lambda: Store.open(stored.folder), "store.json")
     before = contents(stored.folder)
-    one_sentence(lambda: write_store(stored.folder, stream, 2_500), "store.json")
+    sentence(lambda: write_store(stored.folder, stream, 2_500), "store.json")
     assert contents(stored.folder) == before
 
 
@@ -268,9 +263,9 @@ def test_a_folder_of_others_loses_nothing(stream, tmp_path):
     "Neither a file nor what looks like a leftover of ours."
     for name in ("shard-00000.safetensors", "notes.txt", ".x.999999999.sae_nb-tmp"): (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
-    one_sentence(lambda: write_store(tmp_path, stream, 100), "holds other files", "notes.txt")
+    sentence(lambda: write_store(tmp_path, stream, 100), "holds other files", "notes.txt")
     assert contents(tmp_path) == before
-    one_sentence(lambda: write_store(tmp_path / "notes.txt", stream, 100), "is a file")
+    sentence(lambda: write_store(tmp_path / "notes.txt", stream, 100), "is a file")
 
 
 def test_leftovers_of_killed_writes_are_cleared(stored, stream):
@@ -282,35 +277,35 @@ def test_leftovers_of_killed_writes_are_cleared(stored, stream):
 
 def test_a_store_that_is_being_written_is_not_written_by_another(stored, stream):
     from sae_nb.core import lock
-    with lock(stored.folder): one_sentence(lambda: write_store(stored.folder, stream, 2_500), "in use by another process")
+    with lock(stored.folder): sentence(lambda: write_store(stored.folder, stream, 2_500), "in use by another process")
 
 
 def test_a_full_disk_is_told_beforehand_and_on_the_way(stored, stream, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=10_000))
-    one_sentence(lambda: write_store(tmp_path / "new", stream, 2_500), "disk")
+    sentence(lambda: write_store(tmp_path / "new", stream, 2_500), "disk")
     assert not list((tmp_path / "new").glob("shard-*"))
     assert write_store(stored.folder, stream, 2_500).shards == stored.shards   # it is all there
     monkeypatch.undo()
     monkeypatch.setattr("safetensors.torch.save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    one_sentence(lambda: write_store(tmp_path / "new", stream, 2_500), "No space left", "free some room")
+    sentence(lambda: write_store(tmp_path / "new", stream, 2_500), "No space left", "free some room")
     monkeypatch.undo()
     assert write_store(tmp_path / "new", stream, 2_500).shards == stored.shards
 
 
 def test_blocks_too_large_for_memory_are_told(stream, tmp_path):
-    one_sentence(lambda: write_store(tmp_path / "new", replace(stream, block_rows=10**12), 10), "memory")
+    sentence(lambda: write_store(tmp_path / "new", replace(stream, block_rows=10**12), 10), "memory")
 
 
 # --- borders ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, said", [(dict(block_rows=0), "block_rows"), (dict(mix=0), "mix"), (dict(forward=0), "forward"), (dict(limit=0.), "limit"), (dict(limit=math.nan), "limit")])
-def test_settings_of_a_stream(stream, wrong, said): one_sentence(lambda: replace(stream, **wrong), said)
+def test_settings_of_a_stream(stream, wrong, said): sentence(lambda: replace(stream, **wrong), said)
 
 
 @pytest.mark.parametrize("block, batch, skip, said", [(Block(4, lambda: torch.zeros(3, 2)), 2, 0, "block 0"), (Block(4, lambda: torch.zeros(4)), 2, 0, "block 0"),
                                                       (Block(4, lambda: torch.zeros(4, 2)), 5, 0, "batch is 5"), (Block(4, lambda: torch.zeros(4, 2)), 0, 0, "batch is 0"),
                                                       (Block(4, lambda: torch.zeros(4, 2)), 2, -1, "skip is -1"), (Block(4, lambda: None), 2, 0, "block 0")])
-def test_blocks_that_do_not_fit(block, batch, skip, said): one_sentence(lambda: next(batches(iter([block]), batch, skip=skip)), said)
+def test_blocks_that_do_not_fit(block, batch, skip, said): sentence(lambda: next(batches(iter([block]), batch, skip=skip)), said)
 
 
 def test_rows_of_every_size_are_normalised_and_restored():
@@ -322,5 +317,5 @@ def test_rows_of_every_size_are_normalised_and_restored():
             assert n.rows.isfinite().all(), (how, scale)
             torch.testing.assert_close(n.restore(n.rows), rows, rtol=1e-4, atol=1e-6 * scale)
         torch.testing.assert_close(normalise(rows, "unit_norm").rows.norm(dim=-1), torch.ones(8))
-    one_sentence(lambda: normalise(torch.ones(3, 4).long(), "none"), "rows are torch.int64")
-    one_sentence(lambda: normalise(torch.ones(3, 4), "else"), "choose one of")
+    sentence(lambda: normalise(torch.ones(3, 4).long(), "none"), "rows are torch.int64")
+    sentence(lambda: normalise(torch.ones(3, 4), "else"), "choose one of")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from said import sentence
 
 import sae_nb.acts
 from sae_nb.acts import Store, Stream, batches, write_store
@@ -157,14 +158,6 @@ DAMAGE = {"truncated": lambda p: p.write_bytes(p.read_bytes()[:-100]), "cut to t
 every_damage = pytest.mark.parametrize("how", DAMAGE)
 
 
-def one_sentence(f, *words):
-    "What the `UserError` of `f` says: one line, with these words."
-    with pytest.raises(UserError) as e: f()
-    said = str(e.value)
-    assert "\n" not in said and all(w in said for w in words), said
-    return said
-
-
 @pytest.fixture(scope="module")
 def half(cfg, lm, tmp_path_factory):
     "A run that was stopped at step 40."
@@ -179,7 +172,7 @@ def test_damaged_checkpoint(cfg, lm, half, tmp_path, how):
     folder = shutil.copytree(half, tmp_path / "run")
     DAMAGE[how](folder / "checkpoint/state.safetensors")
     before = contents(folder)
-    one_sentence(lambda: next(run(cfg, folder, resume=True, lm=lm)), "state.safetensors", "damaged")
+    sentence(lambda: next(run(cfg, folder, resume=True, lm=lm)), "state.safetensors", "damaged")
     assert contents(folder) == before
 
 
@@ -204,7 +197,7 @@ def test_a_checkpoint_that_is_whole_but_of_something_else(cfg, lm, half, tmp_pat
     if change == "missing": del tensors["average.W_dec"]
     save_file(tensors, path, metadata=meta)
     before = contents(folder)
-    one_sentence(lambda: next(run(cfg, folder, resume=True, lm=lm)), "checkpoint")
+    sentence(lambda: next(run(cfg, folder, resume=True, lm=lm)), "checkpoint")
     assert contents(folder) == before
 
 
@@ -213,7 +206,7 @@ def test_damaged_config(cfg, lm, half, tmp_path, name, content):
     folder = shutil.copytree(half, tmp_path / "run")
     (folder / name).write_bytes(content)
     before = contents(folder)
-    one_sentence(lambda: next(run(cfg, folder, resume=True, lm=lm)))
+    sentence(lambda: next(run(cfg, folder, resume=True, lm=lm)))
     assert contents(folder) == before
 
 
@@ -232,7 +225,7 @@ def test_damaged_weights(whole, tmp_path, how):
     "Whatever the damage, it is told: what safetensors does not see, the checksum does."
     folder = shutil.copytree(whole, tmp_path / "run")
     DAMAGE[how](folder / "sae.safetensors")
-    one_sentence(lambda: SAE.load(folder), "sae.safetensors")
+    sentence(lambda: SAE.load(folder), "sae.safetensors")
 
 
 # --- stores ------------------------------------------------------------------------------------------
@@ -264,8 +257,8 @@ def test_damaged_shard_is_told_and_repaired_alone(stored, stream, tmp_path, read
     shard, intact = folder / "shard-00002.safetensors", contents(folder)
     DAMAGE[how](shard)
     store = Store.open(folder)
-    one_sentence(lambda: store.read(2), "shard-00002.safetensors")
-    one_sentence(lambda: list(zip(range(60), batches(store.blocks(), 128))), "shard-00002.safetensors")
+    sentence(lambda: store.read(2), "shard-00002.safetensors")
+    sentence(lambda: list(zip(range(60), batches(store.blocks(), 128))), "shard-00002.safetensors")
     assert {p: b for p, b in contents(folder).items() if "00002" not in p.name} == {p: b for p, b in intact.items() if "00002" not in p.name}
     for i in (0, 1, 3): assert len(store.read(i)) == store.shards[i]["rows"]
     shard.unlink()
@@ -296,7 +289,7 @@ def test_a_store_stopped_in_the_middle_goes_on(stored, stream, tmp_path):
 def test_damaged_list_of_shards(stored, tmp_path, content):
     folder = shutil.copytree(stored, tmp_path / "store")
     (folder / "store.json").write_bytes(content)
-    one_sentence(lambda: Store.open(folder), str(folder))
+    sentence(lambda: Store.open(folder), str(folder))
 
 
 def test_a_store_of_other_rows_is_refused(stored, stream, lm, cfg, tmp_path):

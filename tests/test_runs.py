@@ -7,25 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from said import sentence
 
 import sae_nb.acts
 import sae_nb.runs
 from sae_nb.acts import Stream
-from sae_nb.core import UserError, digest, pick_device, read_json
+from sae_nb.core import digest, pick_device, read_json
 from sae_nb.lm import load_lm
 from sae_nb.runs import RunConfig, Source, left_out, located, open_run, read_steps, recipe, run, run_config, run_subject
 from sae_nb.sae import SAE
 from sae_nb.train import TrainConfig
 
 WORDS = "one two three four five six seven eight nine ten alpha beta gamma delta".split()
-
-
-def sentence(f, *words):
-    "The one sentence that `f` raises; it must hold `words`."
-    with pytest.raises(UserError) as told: f()
-    assert "\n" not in str(told.value)
-    for word in words: assert word in str(told.value)
-    return str(told.value)
 
 
 @pytest.fixture
@@ -143,7 +136,7 @@ def test_a_folder_removed_in_mid_run_is_told(text, lm, tmp_path):
     assert not (folder / "sae.safetensors").exists()
 
 
-def test_two_at_once_is_one_sentence(text, lm, tmp_path):
+def test_two_at_once_is_sentence(text, lm, tmp_path):
     first = run(config(text), tmp_path / "run", lm=lm)
     next(first)
     sentence(lambda: next(run(config(text), tmp_path / "run", resume=True, lm=lm)), "in use")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from said import sentence
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sae_nb.core import UserError, generator
@@ -26,14 +27,6 @@ def random_sae(n=24, d=24, k=4, normalise="layer_norm", **kw):
     sae = SAE(SAEConfig(d=d, n=n, k=k, normalise=normalise, **kw))
     for name, p in sae.named_parameters(): p.data.copy_(draw(*p.shape, key=name))
     return sae
-
-
-def sentence(f, *words):
-    "What the `UserError` of `f` says: one line, with these words."
-    with pytest.raises(UserError) as e: f()
-    said = str(e.value)
-    assert "\n" not in said and all(w in said for w in words), said
-    return said
 
 
 # --- on disk ------------------------------------------------------------------------------------------
@@ -122,14 +115,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_weights_that_are_not_what_was_saved_are_one_sentence(tmp_path, how):
+def test_weights_that_are_not_what_was_saved_are_sentence(tmp_path, how):
     random_sae().save(tmp_path)
     WRONG[how](tmp_path)
     sentence(lambda: SAE.load(tmp_path), "sae.safetensors")
 
 
 @pytest.mark.parametrize("change", [{"k": 5}, {"relu": False}, {"normalise": "none"}, {"site": "elsewhere"}])
-def test_settings_of_another_sae_beside_the_weights_are_one_sentence(tmp_path, change):
+def test_settings_of_another_sae_beside_the_weights_are_sentence(tmp_path, change):
     random_sae().save(tmp_path)
     (tmp_path / "cfg.json").write_text(json.dumps(json.loads((tmp_path / "cfg.json").read_text()) | change))
     sentence(lambda: SAE.load(tmp_path), "cfg.json", "sae.safetensors")
@@ -195,7 +188,7 @@ def test_a_loaded_sae_can_be_trained_on(tmp_path):
     assert not torch.equal(before, sae.W_enc)
 
 
-def test_a_place_that_cannot_be_written_or_read_is_one_sentence(tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_or_read_is_sentence(tmp_path, monkeypatch):
     sae = random_sae()
     (tmp_path / "file").write_text("")
     sentence(lambda: sae.save(tmp_path / "file"), "file", "cannot be written")
@@ -319,7 +312,7 @@ def test_half_precision_reconstructs_entries_above_its_range(normalise):
 
 
 @pytest.mark.parametrize("shape", [(5, 23), (5, 4, 25), (), (0,), (24, 5)])
-def test_rows_of_a_wrong_width_are_one_sentence(shape):
+def test_rows_of_a_wrong_width_are_sentence(shape):
     sae = random_sae()
     for f in (sae, sae.encode, sae.pre): sentence(lambda: f(torch.zeros(shape)), "24 wide")
     assert sae(torch.zeros(0, 24)).shape == (0, 24) and sae(torch.zeros(0, 3, 24)).shape == (0, 3, 24)

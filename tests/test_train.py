@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 from no_float64 import NoFloat64
+from said import sentence
 
 from sae_nb.acts import normalise
 from sae_nb.core import UserError, generator
@@ -27,14 +28,6 @@ def steps(rows, sae=None, held_out=None, **cfg):
     "A few steps on batches of rows."
     cfg = TrainConfig(**{"tokens": 10**6, "batch": 50, **cfg})
     return list(train(sae or fresh(), rows, cfg, held_out=held_out))
-
-
-def sentence(f, *words):
-    "What the `UserError` of `f` says: one line, with these words."
-    with pytest.raises(UserError) as e: f()
-    said = str(e.value)
-    assert "\n" not in said and all(w in said for w in words), said
-    return said
 
 
 # --- rows that cannot be learned from ------------------------------------------------------------------
@@ -67,7 +60,7 @@ def test_rows_that_are_not_finite_are_named(use, value):
 
 @every_use
 @pytest.mark.parametrize("shape", [(0, 8), (50, 7), (5, 10, 8), (8,), ()])
-def test_rows_of_a_wrong_shape_are_one_sentence(use, shape): sentence(lambda: USES[use](torch.ones(shape)))
+def test_rows_of_a_wrong_shape_are_sentence(use, shape): sentence(lambda: USES[use](torch.ones(shape)))
 
 
 @every_use
@@ -153,7 +146,7 @@ OUT_OF_RANGE = [
     dict(eval_every=0), dict(encoder="x")]
 
 @pytest.mark.parametrize("wrong", OUT_OF_RANGE)
-def test_settings_out_of_range_are_one_sentence(wrong):
+def test_settings_out_of_range_are_sentence(wrong):
     sentence(lambda: TrainConfig(**{"tokens": 9, **wrong}), next(iter(wrong)))
 
 
