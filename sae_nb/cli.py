@@ -231,7 +231,7 @@ def shown(args):
     from sae_nb.explore import check_server, features_of, serve
     from sae_nb.runs import run_config
     check(args.tokens >= 1, f"tokens is {args.tokens}: look at least at one")
-    if args.command == "explore": check_server(args.app)
+    if args.command == "explore": check_server(args.app, args.port)
     else:
         from sae_nb.widgets.export import check_place, export_page
         check_place(args.out)   # before features are collected, which may take long

@@ -173,7 +173,7 @@ def serve(folder,              # a run folder, or a folder of features
          ):
     "Serve the explorer of a run to this machine's user until Ctrl-C or a signal."
     from sae_nb.widgets.export import explore_notebook
-    check_server(app)
+    check_server(app, port)
     port, token = _free_port(port), secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory() as work, _stoppable():
         code = f"from sae_nb.explore import explorer\nexplorer({str(as_path(folder).resolve())!r}, {device!r})"
@@ -213,10 +213,11 @@ def _end(server):
     except (subprocess.TimeoutExpired, KeyboardInterrupt): server.kill()
     server.wait()
 
-def check_server(app:str):
-    "Refuse an app that is not installed, before anything takes long."
+def check_server(app:str, port:int=0):
+    "Refuse a port that cannot be had and an app that is not installed, before anything takes long."
     name = {"voila": "voila", "lab": "jupyterlab"}.get(app)
     check(name, f"app is {app!r}: choose voila or lab")
+    _free_port(port)
     check(find_spec(name), f"{name} is not installed: pip install {'sae_nb[explore]' if app == 'voila' else name!r}, or write a page with sae-nb export")
 
 def _free_port(port:int):

@@ -198,8 +198,7 @@ def test_ports_are_checked(folder, port, words):
     with pytest.raises(UserError, match=words): serve(folder, port)
 
 
-def test_a_port_that_is_taken_is_told(folder, monkeypatch):
-    monkeypatch.setattr("sae_nb.explore.find_spec", lambda name: True)
+def test_a_port_that_is_taken_is_told(folder):
     import socket
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -226,6 +225,8 @@ def test_a_missing_server_is_told_before_anything_is_collected(folder, tmp_path,
     monkeypatch.setattr("sae_nb.explore.features_of", lambda *a, **k: pytest.fail("collected first"))
     code, _, err = cli("explore", folder)
     assert code == 2 and "sae_nb[explore]" in err
+    code, _, err = cli("explore", folder, "--port", "70000")
+    assert code == 2 and "port is 70000" in err
 
 
 def test_features_of_other_weights_are_refused(folder, tmp_path):
