@@ -120,9 +120,9 @@ def thin(steps:list, most:int=400) -> list:
 # %% ../nbs/90_report.ipynb #5f58867b
 def headline(metrics:Metrics) -> str:
     "The results of a run in two sentences."
-    told = [f"On {metrics.eval_tokens:,} held-out rows the reconstruction misses {short(100 * metrics.nmse)} % of the variance"]
-    if metrics.null_nmse is not None: told.append(f", the same SAE before training {short(100 * metrics.null_nmse)} %")
-    told.append(f"; {metrics.l0:.3g} latents are active in a row, and {metrics.dead_fraction:.2%} in none.")
+    told = [f"On {metrics.eval_tokens:,} held-out rows the reconstruction misses {metrics.nmse:.2%} of the variance"]
+    if metrics.null_nmse is not None: told.append(f", the same SAE before training {metrics.null_nmse:.2%}")
+    told.append(f"; {metrics.l0:.3g} latents are active in a row, and {metrics.dead_fraction:.2%} of all latents in none.")
     if metrics.ce_recovered is not None:
         told.append(f" With the reconstruction in its place the model predicts with a loss of {metrics.ce_spliced:.4g} nats, {metrics.ce_clean:.4g} without: ")
         told.append(f"{metrics.ce_recovered:.2%} of what zeros would cost is recovered.")
