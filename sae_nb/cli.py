@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sae_nb
 
-from .core import UserError, as_path, check, is_memory, write_json
+from .core import UserError, as_path, check, is_memory, sweep_leftovers, write_json
 
 # %% ../nbs/91_cli.ipynb #1661e442
 class Parser(argparse.ArgumentParser):
@@ -168,6 +168,7 @@ def measured(folder, lm, text, ours:bool, tokens:int, rate:float=None):
     from sae_nb.runs import left_out, made_of, read_steps, run_config
     from sae_nb.sae import SAE
     folder, cfg = as_path(folder), run_config(folder)
+    sweep_leftovers(folder)   # of a measurement that was killed
     sae = SAE.load(folder, lm.device)
     top = TopContexts(sae.cfg.n)
     sample = next(Stream(lm, text, cfg.site, cfg.context, 8_192).blocks()).read().float()
@@ -199,6 +200,7 @@ def evaluated(folder, lm, text, ours:bool, suite:str, seed:int, curves:str):
     from sae_nb.sae import SAE
     from sae_nb.suite import evaluate
     folder, cfg = as_path(folder), run_config(folder)
+    sweep_leftovers(folder)   # of an evaluation that was killed
     kept = folder / _kept_as("evaluation.json", text, ours)
     partial = kept.with_suffix(".partial.json")
     bar = lambda what, loop, turns: tqdm(loop, desc=what, total=turns, dynamic_ncols=True, mininterval=0.5, leave=False)

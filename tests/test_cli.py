@@ -109,6 +109,13 @@ def test_eval_measures_again_and_gets_the_same(finished, tmp_path):
     assert {k: after[k] for k in numbers} == pytest.approx({k: before[k] for k in numbers}, rel=1e-6)
 
 
+def test_eval_clears_away_what_a_killed_one_was_writing(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for name in ("metrics.json", "report.html"): (folder / f".{name}.999999999.sae_nb-tmp").write_text("half")
+    assert main(["eval", str(folder), "--tokens", "2_000", "--device", "cpu"]) == 0
+    assert not list(folder.glob(".*.sae_nb-tmp"))
+
+
 def test_eval_of_few_tokens_measures_few(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     assert main(["eval", str(folder), "--device", "cpu", "--tokens", "100"]) == 0

@@ -110,6 +110,12 @@ def test_a_page_that_is_a_link_is_left_alone(own, tmp_path):
     refused(own, tmp_path / "page.html", "is a link", tmp_path)
 
 
+def test_notes_clear_away_what_a_killed_explorer_was_writing(tmp_path):
+    (tmp_path / ".notes.json.999999999.sae_nb-tmp").write_text("half")
+    write_notes(tmp_path, {1: "one"})
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.json"]
+
+
 @pytest.mark.parametrize("place", ["~/site", "~/page.html"])
 def test_a_home_is_understood(own, other, tmp_path, monkeypatch, place):
     "`~` is looked at as the place that is written to."

@@ -96,6 +96,13 @@ def test_killed_twice_at_random_it_ends_with_the_same_table(runs, whole, tmp_pat
     assert process.exitcode == 0 and all(weights(tmp_path, n) == weights(whole, n) for n in runs) and numbers(tmp_path) == numbers(whole)
 
 
+def test_the_half_table_of_a_killed_sweep_is_cleared_away(runs, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "sweep")
+    (folder / ".runs.csv.999999999.sae_nb-tmp").write_text("half")
+    list(sweep(runs, folder))
+    assert not list(folder.glob(".*.sae_nb-tmp")) and numbers(folder) == numbers(whole)
+
+
 def test_what_is_finished_is_not_trained_again(runs, whole):
     before = {n: (whole / n / "sae.safetensors").stat().st_mtime_ns for n in runs}
     assert list(sweep(runs, whole)) == []
