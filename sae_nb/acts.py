@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .core import UserError, as_path, check, digest, generator, lock, read_json, reason, room_for, same, sweep_leftovers, write_atomic, write_json
+from .core import UserError, as_path, check, digest, generator, is_count, lock, read_json, reason, room_for, same, sweep_leftovers, write_atomic, write_json
 from .lm import LM
 from .text import Document, Text, Windows, windows
 
@@ -221,6 +221,7 @@ class Store:
         try: rows = load_file(path)["rows"]
         except (OSError, SafetensorError, KeyError, ValueError) as e: raise UserError(f"shard {path} cannot be read ({type(e).__name__}): {advice}") from None
         check(digest({"rows": rows}) == shard["digest"], f"shard {path} is damaged: {advice}")
+        check(len(rows) == shard["rows"], f"{self.folder / 'store.json'} announces {shard['rows']:,} rows in {path.name}, which holds {len(rows):,}: write the store to another folder")
         return rows
 
     def blocks(self) -> Iterator[Block]:
@@ -232,7 +233,7 @@ def _is_shard(shard):
     "Is that an entry of `store.json`, about a file in the same folder?"
     if not isinstance(shard, dict) or not {"file", "rows", "digest"} <= set(shard): return False
     named = isinstance(shard["file"], str) and re.fullmatch(r"shard-\d{5,}\.safetensors", shard["file"])
-    return bool(named) and type(shard["rows"]) is int and shard["rows"] > 0 and isinstance(shard["digest"], str)
+    return bool(named) and is_count(shard["rows"]) and shard["rows"] > 0 and isinstance(shard["digest"], str)
 
 # %% ../nbs/05_acts.ipynb #d2e982ef
 def made_from(stream:Stream) -> dict:

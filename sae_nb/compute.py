@@ -8,7 +8,7 @@ __all__ = ['frontier', 'compute_at', 'compute_equivalent', 'read_curves']
 # %% ../nbs/25_compute.ipynb #18caad37
 import csv, math
 
-from .core import Estimate, UserError, as_path, check
+from .core import Estimate, UserError, as_path, check, is_number, reason
 
 # %% ../nbs/25_compute.ipynb #b8229214
 def frontier(curves:list) -> list:
@@ -50,10 +50,10 @@ def compute_equivalent(increase:Estimate,  # loss of the spliced model less its 
     low, high = (None if more is None else share(fair, more) for more in (increase.high, increase.low))
     return Estimate(value, low, high, {n: share(fair, v) for n, v in (nulls or {}).items()}, settings)
 
-def _checked(curve):
+def _checked(curve, what:str="a training curve"):
     "The points of `curve` in order of compute, or a `UserError`."
     good = len(curve) > 1 and all(c > 0 and math.isfinite(c) and math.isfinite(l) for c, l in curve)
-    check(good, f"a training curve needs at least two points (compute above 0, loss), this one has {len(curve)}: give the points along a model's training")
+    check(good, f"{what} needs at least two points (compute above 0, loss), this one has {len(curve)}: give the points along a model's training")
     return sorted(curve)
 
 # %% ../nbs/25_compute.ipynb #b2ce11b7
@@ -61,12 +61,18 @@ def read_curves(path,        # a CSV file with the columns model, flops, loss
                 own:str      # name of the subject model among them
                ) -> dict:
     "Training curves by model, the subject's first: model -> (compute, loss) points."
-    try: lines = list(csv.DictReader(as_path(path).read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"curves {path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'}): give a CSV file") from None
-    check(lines and {"model", "flops", "loss"} <= set(lines[0]), f"curves {path} has columns {', '.join(lines[0] if lines else ()) or 'none'}: give model, flops and loss")
+    try:
+        table = csv.DictReader(as_path(path).read_text(encoding="utf-8-sig").splitlines())
+        lines, names = list(table), table.fieldnames or ()
+    except (OSError, UnicodeDecodeError, csv.Error) as e: raise UserError(f"curves {path} cannot be read ({reason(e)}): give a UTF-8 CSV file") from None
+    check(lines and {"model", "flops", "loss"} <= set(names), f"curves {path} has columns {', '.join(names) or 'none'} and {len(lines)} lines below: give model, flops and loss")
     found = {own: []}
     for number, line in enumerate(lines, 2):
-        try: found.setdefault(line["model"], []).append((float(line["flops"]), float(line["loss"])))
-        except (TypeError, ValueError): raise UserError(f"curves {path} has no number in flops or loss on line {number}: mend it") from None
+        check(None not in line and None not in line.values(), f"curves {path} has not one value for each column on line {number}: mend it")
+        try: flops, loss = float(line["flops"]), float(line["loss"])
+        except ValueError: flops = loss = math.nan
+        sound = is_number(flops) and flops > 0 and is_number(loss)
+        check(sound, f"curves {path} has no finite number above 0 in flops, or none in loss, on line {number}: mend it")
+        found.setdefault(line["model"], []).append((flops, loss))
     check(found[own], f"curves {path} tells of {', '.join(n for n in found if n != own)} and not of {own}, the subject: add its points")
-    return {name: _checked(points) for name, points in found.items()}
+    return {name: _checked(points, f"the curve of {name} in {path}") for name, points in found.items()}

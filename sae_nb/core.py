@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UserError', 'check', 'reason', 'plain', 'short', 'Table', 'Estimate', 'setting', 'Config', 'as_path', 'read_json',
-           'is_deep', 'write_atomic', 'to_json', 'write_json', 'digest', 'same', 'sweep_leftovers', 'lock',
-           'free_memory', 'room_for', 'is_memory', 'seed_all', 'generator', 'pick_device', 'fast_dtype']
+           'is_deep', 'is_number', 'is_count', 'write_atomic', 'to_json', 'write_json', 'digest', 'same',
+           'sweep_leftovers', 'lock', 'free_memory', 'room_for', 'is_memory', 'seed_all', 'generator', 'pick_device',
+           'fast_dtype']
 
 # %% ../nbs/00_core.ipynb #1e425a30
 import hashlib, html, json, math, os, random, re
@@ -203,6 +204,16 @@ def is_deep(content, most:int=100) -> bool:
         inner = [v for x in inner for v in (x.values() if isinstance(x, dict) else x) if isinstance(v, (dict, list))]
         if not inner: return False
     return True
+
+def is_number(x) -> bool:
+    "Is `x` a number to reckon with? Truth values, NaN, infinity and what is too large for a float are none."
+    x = plain(x)
+    return type(x) in (int, float) and abs(x) < 1e300
+
+def is_count(x) -> bool:
+    "Is `x` a whole number from 0 on, no larger than a count can be?"
+    x = plain(x)
+    return type(x) is int and 0 <= x < 2**63
 
 # %% ../nbs/00_core.ipynb #6441da18
 def write_atomic(path,            # where the content shall stand

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from . import core
-from .core import Table, UserError, as_path, check, digest, lock, read_json, sweep_leftovers, to_json, write_atomic
+from .core import Table, UserError, as_path, check, digest, is_count, is_number, lock, read_json, sweep_leftovers, to_json, write_atomic
 from .page import Strip, token_strip
 from .show import Picture, histogram, plain
 
@@ -187,9 +187,10 @@ class Payload:
     def _fits(self) -> bool:
         "Do the parts of the index belong together?"
         i, n = self.index, self.n
+        if not is_count(n): return False
         texts = [*self.tokens, *self.quotes, *self.explanations, i["lm"], i["site"], i["text"]]
         lengths = {n, len(self.tokens), len(self.quotes), len(self.explanations), *(len(self.columns[c]) for c in COLUMNS)}
-        sizes = i["shard"] > 0 and 0 < i["bin"] < math.inf and i["rows"] >= 0 and i["context"] >= 0
+        sizes = all(is_count(i[name]) for name in ("shard", "rows", "context")) and i["shard"] > 0 and is_number(i["bin"]) and i["bin"] > 0
         named = isinstance(i["shards"], list) and isinstance(i["files"], dict) and isinstance(i["made_from"], dict)
         return lengths == {n} and all(isinstance(t, str) for t in texts) and sizes and named
 
@@ -337,6 +338,8 @@ def read_openai(source,          # a path, or what such a file holds
     d, name = (source, "") if isinstance(source, dict) else (read_json(source), as_path(source).stem.removesuffix("-ablated"))
     try:
         hist, top = {int(k): c for k, c in d["hist"].items()}, sorted(map(_sequence, d["top"]), key=lambda c: -c.act)
+        if max(hist, default=0) > 10**6: raise ValueError("its histogram has more than a million bins")
+        if not all(is_number(d[name]) for name in ("density", "mean_act", "mean_act_squared")): raise ValueError("its density or a mean is no number")
         effects = [sum(c.effect["kl"]) for c in top if c.effect]
         return Feature(id if id is not None else int(name) if name.isdecimal() else 0, d["density"], d["mean_act"], d["mean_act_squared"], d.get("skew"), d.get("kurtosis"),
                        max((c.act for c in top), default=0.), sum(effects) / len(effects) if effects else None, [hist.get(i, 0) for i in range(1, max(hist, default=0) + 1)],

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .acts import NORMALISE, Stream, batches, write_store
-from .core import (Config, Table, UserError, as_path, check, digest, is_deep, is_memory, lock, read_json, reason, room_for, same, setting, sweep_leftovers,
+from .core import (Config, Table, UserError, as_path, check, digest, is_count, is_deep, is_memory, is_number, lock, read_json, reason, room_for, same, setting, sweep_leftovers,
                          to_json, write_atomic, write_json)
 from .dead import paper_terms, power_of_two
 from .kernels import HOW
@@ -171,11 +171,10 @@ def read_steps(folder) -> list:
 def _is_step(step) -> bool:
     "Does `step` have all that a `Step` has, as numbers that can be reckoned with?"
     if not isinstance(step, dict) or is_deep(step): return False
-    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e300
-    counts = all(type(step.get(name)) is int and 0 <= step[name] < 2**63 for name in ("step", "tokens"))
-    timed = all(number(step.get(name)) for name in ("rate", "waited", "took"))
+    counts = all(is_count(step.get(name)) for name in ("step", "tokens"))
+    timed = all(is_number(step.get(name)) for name in ("rate", "waited", "took"))
     others = [f.name for f in fields(Step) if f.name != "parts"]
-    return counts and timed and isinstance(step.get("parts"), dict) and all(name in step and (step[name] is None or number(step[name])) for name in others)
+    return counts and timed and isinstance(step.get("parts"), dict) and all(name in step and (step[name] is None or is_number(step[name])) for name in others)
 
 # %% ../nbs/12_runs.ipynb #126a5236
 def made_of(lm:LM,
@@ -348,7 +347,7 @@ def _still_there(folder):
 def left_out(folder):
     "How many rows the run in `folder` has left out because their norm is far outside of the rest; None where it cannot be told."
     count = next((s.get("left_out") for s in read_steps(folder)[-1:]), None)
-    return count if type(count) is int and 0 <= count < 2**63 else None
+    return count if is_count(count) else None
 
 def finish(folder, state:State, unseen) -> SAE:
     "Write the SAE: the averaged weights or the last ones, whichever is better on held-out rows (paper, appendix A)."

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .ablate import ablation_sparsity
 from .compute import compute_equivalent
-from .core import Config, Estimate, Table, UserError, as_path, check, digest, generator, read_json, setting, short, to_json, write_json
+from .core import Config, Estimate, Table, UserError, as_path, check, digest, generator, is_number, read_json, setting, short, to_json, write_json
 from .lm import LM, load_lm, packaged_lms, training_curve
 from .metrics import splice, windows_at_once
 from .n2g import collect, explain
@@ -80,8 +80,15 @@ class Evaluation:
         check({"settings", "metrics", "seconds"} <= set(found), f"{path} is no evaluation, or a damaged one: measure again, or give another file")
         check(mark, f"{path} has no digest, as evaluations of earlier versions: measure again, or give another file")
         check(mark == digest(to_json(found)), f"{path} is damaged, its content does not fit its digest: remove it and measure again")
-        try: return cls({n: Estimate(**e) for n, e in found["metrics"].items()}, found["settings"], found["seconds"])
-        except (TypeError, AttributeError): raise UserError(f"{path} is no evaluation, or a damaged one: measure again") from None
+        parts = all(isinstance(part, dict) for part in found.values()) and all(map(is_number, found["seconds"].values()))
+        check(parts and all(map(_is_estimate, found["metrics"].values())), f"{path} is no evaluation, or a damaged one: measure again, or give another file")
+        return cls({n: Estimate(**e) for n, e in found["metrics"].items()}, found["settings"], found["seconds"])
+
+def _is_estimate(e) -> bool:
+    "Is that what a file says of an `Estimate`?"
+    if not isinstance(e, dict) or set(e) != {f.name for f in fields(Estimate)}: return False
+    named = isinstance(e["nulls"], dict) and isinstance(e["settings"], dict)
+    return named and all(x is None or is_number(x) for x in (e["value"], e["low"], e["high"], *e["nulls"].values()))
 
 # %% ../nbs/29_suite.ipynb #f6ba4c3c
 @dataclass(frozen=True)

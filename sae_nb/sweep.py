@@ -13,7 +13,7 @@ from itertools import product, tee
 from pathlib import Path
 
 from .acts import Block
-from .core import Table, as_path, check, digest, plain, read_json, same, sweep_leftovers, write_atomic
+from .core import Table, as_path, check, digest, is_count, is_number, plain, read_json, same, sweep_leftovers, write_atomic
 from .lm import LM, load_lm, packaged_lms, training_curve
 from .runs import RunConfig, Source, differing, made_of, read_steps, run, run_config, run_text
 from .train import Step
@@ -110,8 +110,7 @@ def _followed(path, found:dict) -> tuple:
     "The width and the learning rate that followed from the settings of a run, as its `config.json` has them."
     d, train = found.get("d"), found.get("train")
     lr = train.get("lr") if isinstance(train, dict) else None
-    numbers = type(d) is int and 0 < d < 2**63 and type(lr) in (int, float) and abs(lr) < 1e300
-    check(numbers, f"{path} does not say the width and the learning rate of its run: restore it from a copy, or train again")
+    check(is_count(d) and d > 0 and is_number(lr), f"{path} does not say the width and the learning rate of its run: restore it from a copy, or train again")
     return d, lr
 
 def _in_order(path) -> list:

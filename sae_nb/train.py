@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .acts import normalise
-from .core import Config, UserError, check, reason, setting
+from .core import Config, UserError, check, is_number, reason, setting
 from .gpu import register
 from .kernels import HOW, Gradient, Tape, adam_rows_
 from .sae import SAE, as_rows, nmse, no_autocast, unit_rows_
@@ -123,7 +123,9 @@ class State:
         "Take up where `tensors` left off; a missing part is a `UserError`."
         part = lambda prefix: {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
         try:
-            self.step, self.scale = int(tensors["step"]), float(tensors["scale"]) or None
+            step, scale = int(tensors["step"]), float(tensors["scale"])
+            if not 0 <= step <= self.cfg.steps or not is_number(scale): raise ValueError(f"it stands at step {step} of {self.cfg.steps}")
+            self.step, self.scale = step, scale or None
             self.sae.load_state_dict(part("sae."))
             for k, pair in self.adam.items():
                 for name, t in zip("mv", pair): t.copy_(tensors[f"adam.{k}.{name}"])
@@ -131,7 +133,7 @@ class State:
                 self.average.steps = self.step
                 for k in self.average.sums: self.average.sums[k].copy_(tensors[f"average.{k}"])
             for t in self.terms: t.load(part(f"term.{t.name}."))
-        except (KeyError, RuntimeError, ValueError) as e:
+        except (KeyError, RuntimeError, ValueError, OverflowError) as e:
             raise UserError(f"the checkpoint does not fit this run ({reason(e)}): start the run again in another folder") from None
 
 # %% ../nbs/10_train.ipynb #4191de90
