@@ -150,13 +150,16 @@ def train(cfg, folder, resume, tokens:int):
     check(tokens >= 1, f"eval-tokens is {tokens}: measure at least one")
     lm = load_lm(cfg.lm, cfg.device, cfg.dtype)
     bar, rate, start, spent = None, None, time.perf_counter(), {"reading": 0., "training": 0.}
-    for step in stoppable(run(cfg, folder, resume, lm)):
-        if bar is None: print(f"{lm}, {lm.site(cfg.site)}: {cfg.n:,} latents, {cfg.k} active", file=sys.stderr)
-        bar, rate = bar or progress("train", cfg.tokens), step.rate
-        bar.set_postfix_str(f"nmse {step.nmse:.3f}" + ("" if step.dead is None else f", dead {step.dead:.1%}"), refresh=False)
-        bar.update(step.tokens - bar.n)
-        spent["reading"] += step.waited; spent["training"] += step.took
-    if bar: bar.close(); print(shares(spent, time.perf_counter() - start), file=sys.stderr)
+    try:
+        for step in stoppable(run(cfg, folder, resume, lm)):
+            if bar is None: print(f"{lm}, {lm.site(cfg.site)}: {cfg.n:,} latents, {cfg.k} active", file=sys.stderr)
+            bar, rate = bar or progress("train", cfg.tokens), step.rate
+            bar.set_postfix_str(f"nmse {step.nmse:.3f}" + ("" if step.dead is None else f", dead {step.dead:.1%}"), refresh=False)
+            bar.update(step.tokens - bar.n)
+            spent["reading"] += step.waited; spent["training"] += step.took
+    finally:
+        if bar: bar.close()   # what is said next begins a line
+    if bar: print(shares(spent, time.perf_counter() - start), file=sys.stderr)
     return measured(folder, lm, run_text(cfg), True, tokens, rate)
 
 # %% ../nbs/91_cli.ipynb #5c372cf6
@@ -220,11 +223,13 @@ def swept(args):
     lists = {name: v for name, v in given.items() if name in VARY and len(v) > 1}
     runs = grid(RunConfig(**{name: v[0] if name in VARY else v for name, v in given.items()}), **lists)
     bar = None
-    for p in stoppable(sweep(runs, args.out, args.together)):
-        bar = bar or progress(f"{len(runs)} runs", p.total)
-        bar.set_postfix_str(f"{p.run}: nmse {p.step.nmse:.3f}", refresh=False)
-        bar.update(p.done - bar.n)
-    if bar: bar.close()
+    try:
+        for p in stoppable(sweep(runs, args.out, args.together)):
+            bar = bar or progress(f"{len(runs)} runs", p.total)
+            bar.set_postfix_str(f"{p.run}: nmse {p.step.nmse:.3f}", refresh=False)
+            bar.update(p.done - bar.n)
+    finally:
+        if bar: bar.close()   # what is said next begins a line
     print(write_table(args.out, runs), f"\ntable: {as_path(args.out) / 'runs.csv'}")
 
 def shown(args):

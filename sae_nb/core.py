@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UserError', 'check', 'reason', 'plain', 'short', 'Table', 'Estimate', 'setting', 'Config', 'as_path', 'read_json',
            'is_deep', 'is_number', 'is_count', 'write_atomic', 'to_json', 'write_json', 'digest', 'same',
-           'sweep_leftovers', 'lock', 'free_memory', 'room_for', 'is_memory', 'seed_all', 'generator', 'pick_device',
-           'fast_dtype']
+           'sweep_leftovers', 'lock', 'free_memory', 'room_for', 'is_memory', 'unless_memory', 'seed_all', 'generator',
+           'pick_device', 'fast_dtype']
 
 # %% ../nbs/00_core.ipynb #1e425a30
 import hashlib, html, json, math, os, random, re
@@ -190,7 +190,7 @@ def read_json(path):
     except FileNotFoundError: raise UserError(f"{path} does not exist: check the path") from None
     except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror or e}): check the path and its permissions") from None
     except RecursionError: raise UserError(f"{path} is nested too deeply to be read as JSON: {damaged}") from None
-    except MemoryError: raise UserError(f"{path} is too large to be read as JSON on this machine: {damaged}") from None
+    except MemoryError: raise UserError(f"{path} does not fit in the memory that is left: end other programs, and read it again") from None
     except ValueError as e: raise UserError(f"{path} is not readable as JSON ({reason(e)}): {damaged}") from None
     kind = type(content).__name__
     check(isinstance(content, dict), f"{path} holds {kind} where named values were expected: {damaged}")
@@ -375,6 +375,10 @@ def room_for(nbytes:int,   # bytes that are about to be taken
 def is_memory(e:BaseException) -> bool:
     "Does `e` say that memory is full, of this machine or of an accelerator?"
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and ("allocate memory" in str(e) or "out of memory" in str(e))
+
+def unless_memory(e:Exception):
+    "Raise `e` again where it says that memory is full: that is no fault of what was being read."
+    if is_memory(e): raise e
 
 # %% ../nbs/00_core.ipynb #59175c58
 def seed_all(seed:int=0):

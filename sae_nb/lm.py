@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import UserError, as_path, check, digest, fast_dtype, generator, pick_device, reason
+from .core import UserError, as_path, check, digest, fast_dtype, generator, pick_device, reason, unless_memory
 from .sites import KINDS, Place, Site, Stop, aside, config, find_blocks, hooked, parse_site, prove, replaced
 from .text import _marks, load_tokenizer
 
@@ -39,6 +39,7 @@ def _run(lm, ids):
     try: return lm.model(ids, use_cache=False).logits
     except UserError: raise
     except Exception as e:
+        unless_memory(e)
         why = f"cannot read tokens alone ({reason(e)})"
         raise UserError(f"lm {lm.name!r} {why}: give a causal language model of text") from e
 
@@ -306,6 +307,7 @@ def load_lm(name:str,            # packaged name, folder (text or path), or hub 
     model = _pretrained(name, source, kind)
     try: tokenizer = load_tokenizer(None if name in packaged_lms() else source)
     except Exception as e:
+        unless_memory(e)
         why = f"has no tokenizer that can be read ({reason(e)})"
         raise UserError(f"lm {name!r} {why}: save one beside the model") from None
     check(len(tokenizer) > len(tokenizer.all_special_ids), f"lm {name!r} has no tokenizer: save one beside the model")
@@ -331,6 +333,7 @@ def _pretrained(name, source, dtype):
         model, info = AutoModelForCausalLM.from_pretrained(source, **how)
     except UserError: raise
     except Exception as e:
+        unless_memory(e)
         known = f"known without a network: {', '.join(packaged_lms())}"
         raise UserError(f"lm {name!r} could not be loaded ({reason(e)}): {known}") from None
     finally:

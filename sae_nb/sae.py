@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .acts import NORMALISE, Normed, normalise
-from .core import Config, UserError, as_path, check, digest, generator, reason, setting, to_json, write_atomic
+from .core import Config, UserError, as_path, check, digest, generator, reason, setting, to_json, unless_memory, write_atomic
 
 # %% ../nbs/06_sae.ipynb #da5c6e70
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ def read_tensors(path):
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: give a folder that holds a trained SAE") from None
-    except (OSError, SafetensorError, MemoryError, KeyError, RuntimeError, ValueError) as e:
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as e:
+        unless_memory(e)
         raise UserError(f"{path} is damaged ({reason(e)}): {AGAIN}") from None
 
 def load_weights(path) -> dict:
@@ -343,7 +344,9 @@ class Dictionary:
         check(can, f"{type(sae).__name__} has no encode or no decode: give an object with both")
         self.sae, few = sae, rows[:2]
         try: code = self.encode(few); back = self.decode(code)
-        except (TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e: raise UserError(f"{type(sae).__name__} does not encode and decode rows {rows.shape[1]} wide ({reason(e)}): read them at the site that it belongs to") from None
+        except (TypeError, RuntimeError, AttributeError, IndexError, ValueError) as e:
+            unless_memory(e)
+            raise UserError(f"{type(sae).__name__} does not encode and decode rows {rows.shape[1]} wide ({reason(e)}): read them at the site that it belongs to") from None
         self.n = code.n
         check(back.shape == few.shape, f"{type(sae).__name__} decodes to {tuple(back.shape)} where {tuple(few.shape)} was expected: give one for this site")
 

@@ -16,7 +16,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from .core import UserError, check, generator, reason
+from .core import UserError, check, generator, reason, unless_memory
 
 # %% ../nbs/03_sites.ipynb #73df0efe
 ATTENTION = ("attn", "attention", "self_attn", "self_attention")
@@ -352,6 +352,7 @@ def prove(site:Site,
         try: old, new, after, moved = _exchange(site, place, module, run, shape)
         except UserError: raise
         except Exception as e:
+            unless_memory(e)
             why = f"the model fails when something else is put there ({reason(e)})"
             raise UserError(f"site {site}: {why}: {_advice(site, places)}") from e
     past = [_value(places["resid_pre"], seen)] if site.kind == "resid_mid" else []

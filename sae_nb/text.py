@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .alike import apart, choose, lot, prints, shared
-from .core import UserError, check, digest, reason
+from .core import UserError, check, digest, reason, unless_memory
 from .tables import FILES, TableFile, is_empty, rows_of, text_column
 
 # %% ../nbs/03_text.ipynb #40e65266
@@ -269,6 +269,7 @@ def hub_dataset(name:str,           # owner/name on the hub, or a folder written
         return table_text(data, name, column, first)
     except UserError: raise
     except Exception as e:
+        unless_memory(e)
         raise UserError(f"text {name!r} is no file or folder here, and no data set of that name could be read ({reason(e)}): check the name and the network") from None
 
 # %% ../nbs/03_text.ipynb #39fd53b1

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .acts import normalise
-from .core import Config, UserError, check, is_number, reason, setting
+from .core import Config, UserError, check, is_number, reason, setting, unless_memory
 from .gpu import register
 from .kernels import HOW, Gradient, Tape, adam_rows_
 from .sae import SAE, as_rows, nmse, no_autocast, unit_rows_
@@ -134,6 +134,7 @@ class State:
                 for k in self.average.sums: self.average.sums[k].copy_(tensors[f"average.{k}"])
             for t in self.terms: t.load(part(f"term.{t.name}."))
         except (KeyError, RuntimeError, ValueError, OverflowError) as e:
+            unless_memory(e)
             raise UserError(f"the checkpoint does not fit this run ({reason(e)}): start the run again in another folder") from None
 
 # %% ../nbs/10_train.ipynb #4191de90

@@ -1,6 +1,7 @@
 "Whatever is odd in a file that is read gets one sentence which names it; nothing is deleted or written over."
-import json, math, random, shutil, struct
+import errno, json, math, os, random, shutil, struct
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from said import sentence
 
 from sae_nb.acts import Store, Stream, write_store
+from sae_nb.cli import main
 from sae_nb.compute import read_curves
 from sae_nb.core import Estimate, UserError, digest, to_json
 from sae_nb.features import Payload, _sealed, read_openai, write_payload
@@ -17,7 +19,7 @@ from sae_nb.report import curves, thin
 from sae_nb.runs import RunConfig, left_out, read_steps, run, run_config, runs_table
 from sae_nb.sae import SAE
 from sae_nb.scaling import fit_law
-from sae_nb.suite import Evaluation
+from sae_nb.suite import STAGES, Evaluation
 from sae_nb.sweep import is_done, write_table
 from sae_nb.text import load_text
 from sae_nb.widgets.explorer import Explorer, read_notes
@@ -301,3 +303,122 @@ def test_any_value_in_a_file_of_openai_is_used_or_told(tmp_path):
     for key in ("x", "1000000000000", DIGITS):
         path.write_text(json.dumps(whole | {"hist": {key: 1}}))
         sentence(lambda: read_openai(path), "7", ": ")
+
+
+# --- a full memory, a full disk ----------------------------------------------------------------------
+
+FULL = {"Python's": MemoryError(), "an accelerator's": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "torch's": RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")}
+TRAIN = ("train", "--lm", "pylib-64", "--site", "resid_post.2", "--n", "64", "--k", "4", "--tokens", "1024", "--batch", "128", "--context", "64", "--dtype", "float32", "--device", "cpu",
+         "--eval-tokens", "256")
+
+
+def fails(e):
+    def f(*given, **named): raise e
+    return f
+
+
+def commands(folder, cfg):
+    "What can be asked on the command line about copies of what is kept."
+    return {"train": (*TRAIN, "--text", cfg.text, "--out", folder / "new"), "resume": (*TRAIN, "--text", cfg.text, "--out", folder / "half", "--resume"),
+            "eval": ("eval", folder / "run", "--tokens", 256, "--device", "cpu"), "suite": ("eval", folder / "run", "--suite", "quick", "--device", "cpu"),
+            "explore": ("explore", folder / "run", "--tokens", 512, "--explain", 2, "--no-browser", "--device", "cpu"),
+            "export": ("export", folder / "run", "--tokens", 512, "--explain", 2, "--out", folder / "page.html", "--device", "cpu")}
+
+
+@pytest.fixture
+def copies(kept, tmp_path):
+    for name in ("run", "half"): shutil.copytree(kept / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def says(capfd, monkeypatch):
+    "Call the command; it must end with code 2 and one sentence, which is given back."
+    monkeypatch.setattr("sae_nb.explore.find_spec", lambda name: True)   # whatever is installed
+    def call(argv):
+        capfd.readouterr()
+        code = main(list(map(str, argv)))
+        err = capfd.readouterr().err
+        told = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("sae-nb: ")]
+        assert code == 2 and "Traceback" not in err and len(told) == 1 and err.rstrip().endswith(told[0]), err
+        return told[0]
+    return call
+
+
+MEMORY = [(command, place) for place, names in {
+    "sae_nb.lm.LM.read": "train resume eval suite explore export", "transformers.AutoModelForCausalLM.from_pretrained": "train resume eval suite explore export",
+    "sae_nb.runs.init_": "train resume", "sae_nb.runs.train": "train resume", "sae_nb.sae.SAE.encode": "eval suite explore export", "safetensors.safe_open": "resume eval suite explore export",
+    "sae_nb.train.State.load": "resume", "torch.Tensor.copy_": "resume", "sae_nb.runs.save_checkpoint": "train resume", "sae_nb.report.page": "eval", "json.loads": "eval explore"}.items() for command in names.split()]
+
+
+@pytest.mark.parametrize("kind", FULL)
+@pytest.mark.parametrize("command, place", MEMORY)
+def test_a_full_memory_ends_a_command_with_a_sentence(copies, cfg, says, monkeypatch, command, place, kind):
+    "Wherever it happens: the sentence speaks of memory, not of damage, and what was kept stands."
+    before = contents(copies)
+    with monkeypatch.context() as m:
+        m.setattr(place, fails(FULL[kind]))
+        said = says(commands(copies, cfg)[command])
+    assert "memory" in said and "damaged" not in said and "train again" not in said, said
+    after = contents(copies)
+    assert all(after[p] == before[p] for p in before if p.name != "report.html") and not [p for p in after if "sae_nb-tmp" in p.name]
+
+
+def full_disk(monkeypatch, of:str="", tries:list=None):
+    "From now on no file whose name holds `of` can be written to the end."
+    fsync = os.fsync
+    def full(handle):
+        name = Path(os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}")).name
+        if tries is not None: tries.append(name)
+        if of in name: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+    monkeypatch.setattr(os, "fsync", full)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("command, name", [("train", "config.json"), ("train", "steps.jsonl"), ("train", "state.safetensors"), ("train", "sae.safetensors"), ("train", "metrics.json"), ("train", "report.html"),
+                                           ("resume", "state.safetensors"), ("resume", "steps.jsonl"), ("resume", "cfg.json"), ("eval", "metrics.json"), ("eval", "report.html"),
+                                           ("suite", "evaluation.partial.json"), ("explore", "index.json"), ("export", "index.json"), ("export", "windows.npy"), ("export", "page.html")])
+def test_a_full_disk_ends_a_command_with_a_sentence(copies, cfg, says, monkeypatch, command, name):
+    "The old file stands byte for byte, and nothing half written is left."
+    for old in ("run/evaluation.json", "page.html"): (copies / old).write_text("old" if old != "page.html" else "")
+    (copies / "page.html").unlink()
+    monkeypatch.setattr("sae_nb.suite.STAGES", dict(list(STAGES.items())[:1]))
+    before = contents(copies)
+    with monkeypatch.context() as m:
+        full_disk(m, name)
+        said = says(commands(copies, cfg)[command])
+    assert name in said and "No space left" in said, said
+    after = contents(copies)
+    assert {p: b for p, b in after.items() if p.name == name} == {p: b for p, b in before.items() if p.name == name}
+    assert not [p for p in after if "sae_nb-tmp" in str(p)]
+
+
+@needs_proc
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_full_disk_under_the_checkpoint_of_a_resumed_run(kept, cfg, lm, tmp_path, monkeypatch, at):
+    "The old checkpoint stands, and once there is room the run ends with the bits of the uninterrupted one; `at` checkpoints found room before."
+    folder = shutil.copytree(kept / "half", tmp_path / "half")
+    path = folder / "checkpoint/state.safetensors"
+    old, written = [path.read_bytes()], []
+    fsync = os.fsync
+    def full(handle):
+        if "state.safetensors" in os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"):
+            written.append(True)
+            if len(written) > at: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        def go():
+            for _ in run(cfg, folder, resume=True, lm=lm, every=0.): old.append(path.read_bytes())
+        sentence(go, "state.safetensors", "No space left")
+    assert len(written) > at and path.read_bytes() == old[-1] and len(set(old)) == at + 1
+    assert not [p for p in folder.rglob("*") if "sae_nb-tmp" in p.name]
+    list(run(cfg, folder, resume=True, lm=lm))
+    assert (folder / "sae.safetensors").read_bytes() == (kept / "run/sae.safetensors").read_bytes()
+    taken = lambda at: [{k: v for k, v in s.items() if k not in ("rate", "waited", "took")} for s in read_steps(at)]
+    assert taken(folder) == taken(kept / "run")
