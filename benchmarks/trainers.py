@@ -107,8 +107,9 @@ class Ours:
         spent["other operators"] = sum(spent.pop(k) for k in small)
         return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
 
-KINDS = {"GEMM": ("mm", "gemm", "matmul", "linear", "cutlass"), "top-k": ("topk", "amax", "max", "radixselect"),
-         "gather, embedding bag": ("embedding", "gather", "index", "scatter", "bag"), "sort": ("sort", "searchsorted"), "Adam": ("adam",)}
+KINDS = {"GEMM": ("mm", "gemm", "matmul", "linear", "cutlass", "nvjet"), "top-k": ("topk", "_top_kernel", "amax", "max", "radixselect"),
+         "gather, embedding bag": ("embedding", "gather", "index", "scatter", "bag"), "sort": ("sort", "searchsorted"), "Adam": ("adam",),
+         "copies": ("copy",), "elementwise": ("elementwise",), "sums and norms": ("reduce_kernel",)}
 OUTSIDE = "outside torch's operators"   # Python and NumPy
 
 def kind(op:str) -> str:

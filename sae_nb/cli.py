@@ -298,3 +298,6 @@ def _end_as_with_ctrl_c():
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, stop)
 
 def _say(sentence, code): print("sae-nb: " + " ".join(sentence.split()), file=sys.stderr); return code
+
+# %% ../nbs/91_cli.ipynb #13f79805
+if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())

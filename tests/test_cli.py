@@ -484,6 +484,12 @@ def test_what_is_no_whole_number_is_told(says, written, tmp_path):
     assert "tokens" in says("train", "--tokens", written, "--out", tmp_path / "run")
 
 
+def test_the_module_is_the_command():
+    import sae_nb
+    done = subprocess.run([sys.executable, "-m", "sae_nb.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and sae_nb.__version__ in done.stdout
+
+
 def test_version_and_help(capfd):
     import sae_nb
     with pytest.raises(SystemExit) as end: main(["--version"])
