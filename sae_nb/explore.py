@@ -152,10 +152,12 @@ def _door(token:str):
             threading.Thread(target=webbrowser.open, args=(page.as_uri(),), daemon=True).start()
     return Door
 
-def _follow(parent:int):
+def _follow(parent:int, patience:float=20.):   # seconds for its own way to end
     "End this process when `parent` has ended, however that was."
     while os.getppid() == parent: time.sleep(.5)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(patience)
+    os._exit(1)   # one that is busy without end does not listen
 
 def hosted(app:str):   # voila or lab
     "Be the server that `serve` has started, with the rest of the command line, and not longer than it lives."

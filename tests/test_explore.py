@@ -183,6 +183,13 @@ def test_nothing_stays_when_the_server_ends(tmp_path, app, how):
         wait(lambda: not alive(everyone))
 
 
+def test_a_server_that_does_not_listen_ends_too():
+    "A message that voila misreads keeps it busy without end: it takes TERM in and never comes to it."
+    busy = "import signal, threading\nfrom sae_nb.explore import _follow\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" \
+           "threading.Thread(target=_follow, args=(0, .2), daemon=True).start()\nwhile True: pass"
+    assert subprocess.run([sys.executable, "-c", busy], timeout=60).returncode == 1
+
+
 @needs_voila
 def test_kernels_without_a_page_are_ended(tmp_path):
     "After a while without a connection."
