@@ -98,13 +98,21 @@ def sweep_rows(folder, runs:dict=None) -> list:
         if not isinstance(found.get("run"), dict) or not (path.parent / "sae.safetensors").exists() or (runs is not None and name not in runs): continue
         cfg, (d, lr), spent, own = run_config(path.parent), _followed(path, found), 0., []
         subject = training_curve(cfg.lm)["parameters"] if cfg.lm in packaged_lms() else None
-        for s in read_steps(path.parent):
+        for s in _whole(read_steps(path.parent), path, cfg):
             spent += s["waited"] + s["took"]
             if s["held_out"] is not None:
                 own.append(dict(run=name, lm=cfg.lm, subject=subject, site=cfg.site, d=d, n=cfg.n, k=cfg.k, seed=cfg.seed, lr=lr,
                                 tokens=s["tokens"], flops=flops_per_row(cfg.n, d) * s["tokens"], seconds=round(spent, 2), loss=s["held_out"], dead=s["dead"], final=False))
         out += [*own[:-1], *(r | {"final": True} for r in own[-1:])]
     return out
+
+def _whole(steps:list, path, cfg) -> list:
+    "The steps of a finished run, once it is clear that none is missing."
+    numbers = [s["step"] for s in steps]
+    ended = bool(steps) and steps[-1]["tokens"] >= cfg.tokens
+    check(ended and numbers == list(range(1, len(steps) + 1)),
+          f"{path.with_name('steps.jsonl')} lacks steps of its finished run: restore it from a copy, or train again")
+    return steps
 
 def _followed(path, found:dict) -> tuple:
     "The width and the learning rate that followed from the settings of a run, as its `config.json` has them."

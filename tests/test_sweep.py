@@ -114,6 +114,17 @@ def test_a_finished_run_with_other_settings_is_refused(runs, whole):
     with pytest.raises(UserError, match="tokens"): list(sweep(other, whole))
 
 
+@pytest.mark.parametrize("lost", [0, 7, -1])
+def test_a_finished_run_that_lacks_steps_is_told(runs, whole, tmp_path, lost):
+    "A line that cannot be read would give the table another end, or a curve with a hole."
+    folder = shutil.copytree(whole, tmp_path / "sweep")
+    path = next(folder.glob("*/steps.jsonl"))
+    lines = path.read_text().splitlines(keepends=True)
+    lines[lost] = "damaged" + lines[lost]
+    path.write_text("".join(lines))
+    with pytest.raises(UserError, match="lacks steps of its finished run"): write_table(folder, runs)
+
+
 def test_the_table_counts_compute_and_marks_the_end(runs, whole):
     rows = sweep_rows(whole)
     finals = [r for r in rows if r["final"]]
