@@ -1,4 +1,5 @@
 "What a payload says about a latent, against slow recomputations from the activations; and payloads that are missing, damaged or foreign."
+import ast
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from payloads import TEXTS, about, feature as made_feature, made
 
 from sae_nb.collect import Best, Collected, Collector, Histograms, collect, contexts, feature, ranked, together
 from sae_nb.core import UserError, write_json
-from sae_nb.dossier import Live, direct_map, directions, exact, explanations, favoured, nearest, striking, with_effects, write_features
+from sae_nb.dossier import Live, described, direct_map, directions, exact, explanations, favoured, nearest, striking, with_effects, write_features
 from sae_nb.features import COLUMNS, EFFECTS, Context, Feature, Payload, _sealed, decode_column, encode_column, moments, pack, read_openai, unpack, write_payload
 from sae_nb.lm import LM, load_lm
 from sae_nb.sae import SAE, Channels, Code, SAEConfig, init_
@@ -431,6 +432,21 @@ def test_explanations(sae, lm, text, found):
     why = explanations(sae, lm, text, SITE, found, [0, 1], CONTEXT, tokens=1_000)
     assert {*why} <= {0, 1} and why and all(w["text"] and (w["recall"] is None or 0 <= w["recall"] <= 1) for w in why.values())
     assert explanations(sae, lm, text, SITE, found, []) == {} and explanations(sae, lm, text, SITE, found, [5], CONTEXT, tokens=500) == {}
+
+
+def test_a_latent_without_patterns_is_described_by_what_it_fires_on(found, lm):
+    "The tokens of the drawn firings, counted by hand; all firings of latent 5, which has none, are described by nothing."
+    rare = min((i for i in range(96) if i != 5), key=lambda i: found.counts[i] if found.counts[i] else 10**9)
+    for i in (0, 40, rare):
+        drawn = [p for p, score in zip(found.sample.notes["place"][i].tolist(), found.sample.score[i].tolist()) if score >= 0]
+        tokens = [found.ids[p // CONTEXT, p % CONTEXT].item() for p in drawn]
+        said, first = described(found, i), max(tokens, key=tokens.count)
+        if tokens.count(first) > 1:
+            assert f" in {tokens.count(first)} of {len(drawn)} firings drawn" in said["text"] and said["text"].count(" in ") <= 3
+            assert ast.literal_eval(said["text"].split(" in ")[0]) in {lm.tokenizer.decode([t]) for t in tokens if tokens.count(t) == tokens.count(first)}
+        else: assert said["text"] == f"no token twice in {len(drawn)} firings drawn"
+        assert said["precision"] is said["recall"] is None
+    assert described(found, 5) is None
 
 
 def test_short_numbers_are_made_exact(lm):
