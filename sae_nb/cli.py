@@ -297,7 +297,17 @@ def _end_as_with_ctrl_c():
     def stop(*_): raise KeyboardInterrupt
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, stop)
 
-def _say(sentence, code): print("sae-nb: " + " ".join(sentence.split()), file=sys.stderr); return code
+def _close_bars():
+    "Close the progress bars that an error has left open: one that is closed later would wipe out what is said."
+    if "tqdm" not in sys.modules: return
+    from tqdm import tqdm
+    for bar in list(getattr(tqdm, "_instances", ())): bar.close()
+
+def _say(sentence, code):
+    "Say a sentence on stderr, on a line of its own, and return `code`."
+    _close_bars()
+    print("sae-nb: " + " ".join(sentence.split()), file=sys.stderr)
+    return code
 
 # %% ../nbs/91_cli.ipynb #13f79805
 if __name__ == "__main__" and globals().get("__spec__"): sys.exit(main())

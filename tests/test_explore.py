@@ -1,5 +1,5 @@
 "From a run folder to its explorer: in Python, on the command line, and served to a real browser."
-import contextlib, http.client, io, os, re, signal, subprocess, sys, time
+import contextlib, http.client, io, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,16 @@ def test_mistakes_are_one_sentence(folder, args, words, tmp_path, monkeypatch):
     monkeypatch.setattr("sae_nb.explore.find_spec", lambda name: True)   # whatever is installed
     code, _, err = cli(*(folder if a == "DIR" else a for a in args))
     assert code == 2 and words in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_sentence_is_the_last_thing_on_the_screen(folder, tmp_path):
+    "A progress bar that is open when something is wrong is closed before it is said."
+    shutil.copytree(folder, tmp_path / "run")
+    features_of(tmp_path / "run", 500)
+    (tmp_path / "run/features/notes.json").write_text('{"1": 5}')
+    code, _, err = cli("export", tmp_path / "run", "--out", tmp_path / "page")
+    assert code == 2 and "features:" in err
+    assert re.split(r"[\r\n]+", err.rstrip("\n"))[-1].startswith("sae-nb: ") and "notes.json" in err
 
 
 def test_a_missing_server_is_told(folder, monkeypatch):
