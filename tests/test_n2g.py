@@ -20,7 +20,7 @@ SITE = "resid_post.2"
 
 
 @pytest.fixture(scope="module")
-def lm(): return load_lm("pylib-64", dtype="float32")
+def lm(): return load_lm("pylib-64", "cpu", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -378,7 +378,7 @@ def test_the_deciding_character():
 # --- rows ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def lm(): return load_lm("pylib-64", dtype="float32")
+def lm(): return load_lm("pylib-64", "cpu", "float32")
 
 
 def prose(*texts): return Text("given", lambda: (Document(str(i), t) for i, t in enumerate(texts)), lambda i, d: True)
