@@ -9,12 +9,13 @@ import families
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from test_models import SPECIAL, model, prose, tokenizer
 
 import sae_nb.lm as module
 from sae_nb.core import UserError
 from sae_nb.lm import LM, load_lm
-from sae_nb.sites import Site, prove
+from sae_nb.sites import Site, find_blocks, prove
 from sae_nb.text import load_text, windows
 
 SITE = "resid_post.1"
@@ -33,6 +34,13 @@ def saved(path, made, special="bos and eos"):
 
 
 # --- from a text to ids ------------------------------------------------------------------------------
+
+def test_the_blocks_of_an_image_tower_are_not_the_models():
+    "Though there are more of them, and they look the same."
+    blocks = lambda many: nn.ModuleList(nn.ModuleDict(dict(attn=nn.Linear(4, 4), mlp=nn.Linear(4, 4))) for _ in range(many))
+    model = nn.ModuleDict(dict(vision_tower=nn.ModuleDict(dict(layers=blocks(5))), layers=blocks(2)))
+    assert find_blocks(model) is model["layers"]
+
 
 @pytest.mark.parametrize("special", SPECIAL)
 def test_a_text_is_read_as_training_windows_have_it(tmp_path, special):

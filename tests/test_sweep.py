@@ -2,6 +2,7 @@
 import csv, json, multiprocessing, random, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_a_grid_is_every_combination_under_its_own_name(base):
     assert len(runs) == 8 and runs["n64-lr0.001-lm128"] == replace(base, n=64, lr=1e-3, lm="pylib-128") and list(grid(base)) == ["run"]
 
 
-@pytest.mark.parametrize("lists, word", [(dict(size=[1]), "size"), (dict(n=[]), "at least one"), (dict(n=[64, 64]), "once"), (dict(k=[4, 999]), "k ≤ n")])
+@pytest.mark.parametrize("lists, word", [(dict(size=[1]), "size"), (dict(n=[]), "at least one"), (dict(n=[64, 64]), "once"), (dict(k=[4, 999]), "k ≤ n"),
+                                         (dict(text=["here", Path("here")]), "two runs would be kept in the folder texthere")])
 def test_a_wrong_grid_is_said_in_a_sentence(base, lists, word):
     with pytest.raises(UserError, match=word): grid(base, **lists)
 
