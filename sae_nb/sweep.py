@@ -97,6 +97,7 @@ def sweep_rows(folder, runs:dict=None) -> list:
         found, name = read_json(path), path.parent.name
         if not isinstance(found.get("run"), dict) or not (path.parent / "sae.safetensors").exists() or (runs is not None and name not in runs): continue
         cfg, (d, lr), spent, own = run_config(path.parent), _followed(path, found), 0., []
+        _of_one_size(path, dict(d=d, n=cfg.n, k=cfg.k))
         subject = training_curve(cfg.lm)["parameters"] if cfg.lm in packaged_lms() else None
         for s in _whole(read_steps(path.parent), path, cfg):
             spent += s["waited"] + s["took"]
@@ -113,6 +114,12 @@ def _whole(steps:list, path, cfg) -> list:
     check(ended and numbers == list(range(1, len(steps) + 1)),
           f"{path.with_name('steps.jsonl')} lacks steps of its finished run: restore it from a copy, or train again")
     return steps
+
+def _of_one_size(path, sizes:dict):
+    "Raise a `UserError` when the SAE beside `path` has other sizes than the run: FLOPs and laws are counted with them."
+    beside = read_json(path.with_name("cfg.json"))
+    other = [name for name, value in sizes.items() if beside.get(name) != value]
+    check(not other, f"{path} and the cfg.json beside it differ in {', '.join(other)}: restore them from a copy, or train again")
 
 def _followed(path, found:dict) -> tuple:
     "The width and the learning rate that followed from the settings of a run, as its `config.json` has them."

@@ -127,6 +127,20 @@ def test_a_finished_run_that_lacks_steps_is_told(runs, whole, tmp_path, lost):
     with pytest.raises(UserError, match="lacks steps of its finished run"): write_table(folder, runs)
 
 
+@pytest.mark.parametrize("change", [dict(n=None), dict(n=256), dict(k=3)])
+def test_a_run_that_says_other_sizes_than_its_weights_is_told(runs, whole, tmp_path, change):
+    "A lost `n` would be read as the default, and counted in FLOPs and laws."
+    folder = tmp_path / "runs"
+    shutil.copytree(whole, folder)
+    path = min(folder.rglob("config.json"))
+    about = read_json(path)
+    for name, value in change.items():
+        if value is None: del about["run"][name]
+        else: about["run"][name] = value
+    path.write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(UserError, match=f"differ in {[*change][0]}"): sweep_rows(folder)
+
+
 def test_the_table_counts_compute_and_marks_the_end(runs, whole):
     rows = sweep_rows(whole)
     finals = [r for r in rows if r["final"]]
