@@ -162,6 +162,11 @@ def test_values_that_look_alike_are_runs_of_their_own(base, tmp_path):
     assert all("/" not in name and " " not in name for name in runs)
 
 
+def test_a_table_holds_the_runs_that_were_asked_for(runs, whole):
+    two = dict([*runs.items()][1:3])
+    assert {row["run"] for row in sweep_rows(whole, two)} == {*two} and {row["run"] for row in sweep_rows(whole)} == {*runs}
+
+
 def test_a_table_is_in_the_order_of_its_numbers(runs, whole):
     shutil.copytree(whole / "n64-k4", whole / "n1024-k4")
     try: names = [row["run"] for row in sweep_rows(whole) if row["final"]]
