@@ -61,6 +61,17 @@ def test_side_by_side_gives_the_bits_of_each_alone(runs, lm, whole, tmp_path):
         assert weights(tmp_path, name) == weights(whole, name)
 
 
+def test_no_run_is_a_step_ahead_of_another(runs, lm, tmp_path):
+    "Else the blocks between them would be read again, or fill the memory."
+    three = dict([*runs.items()][:3])
+    seen, loop = dict.fromkeys(three, 0), side_by_side(three, tmp_path, lm)
+    for _ in range(12):
+        name, step = next(loop)
+        seen[name] = step.tokens
+        assert max(seen.values()) - min(seen.values()) <= 128
+    loop.close()
+
+
 def test_the_model_is_read_once_for_all(runs, lm, tmp_path, monkeypatch):
     read, count = sae_nb.acts.read_rows, []
     monkeypatch.setattr(sae_nb.acts, "read_rows", lambda lm, w, site: count.append(len(w)) or read(lm, w, site))
