@@ -191,7 +191,7 @@ class Metrics:
     nmse:float = setting(..., "squared error over that of the mean row")
     explained_variance:float = setting(..., "1 − nmse")
     l0:float = setting(..., "active latents a row")
-    dead_fraction:float = setting(..., "share of latents active in none of `eval_tokens` rows")
+    dead_fraction:float = setting(..., "share of latents active in none of the eval_tokens rows")
     ce_clean:float = setting(..., "the model's own loss (nats a token)")
     ce_spliced:float = setting(..., "loss with the reconstruction in place")
     ce_zero:float = setting(..., "loss with zero in place")
