@@ -134,7 +134,7 @@ def test_steps_after_the_checkpoint_are_written_once(cfg, lm, whole, tmp_path):
     "Lines that the dead process wrote after its last checkpoint, the last one half, are made again."
     for step in run(cfg, tmp_path / "run", lm=lm):
         if step.step == 60: break
-    with open(tmp_path / "run/steps.jsonl", "a") as f: f.write(json.dumps(told(whole)[60]) + "\n" + '{"step": 62, "tok')
+    with open(tmp_path / "run/steps.jsonl", "a") as f: f.write(json.dumps(read_steps(whole)[60]) + "\n" + '{"step": 62, "tok')
     list(run(cfg, tmp_path / "run", resume=True, lm=lm))
     assert_same_run(tmp_path / "run", whole)
 

@@ -14,7 +14,7 @@ import sae_nb.runs
 from sae_nb.acts import Stream
 from sae_nb.core import digest, pick_device, read_json
 from sae_nb.lm import load_lm
-from sae_nb.runs import RunConfig, Source, left_out, located, open_run, read_steps, recipe, run, run_config, run_subject
+from sae_nb.runs import RunConfig, Source, differing, left_out, located, open_run, read_steps, recipe, run, run_config, run_subject
 from sae_nb.sae import SAE
 from sae_nb.train import TrainConfig
 
@@ -290,6 +290,13 @@ def test_a_setting_of_a_run_changes_what_it_says_and_nothing_else(name, base, tm
     after = trace(replace(cfg, **{name: value}), tmp_path / "run", monkeypatch)
     assert before.keys() == after.keys()
     assert {k for k in before if before[k] != after[k]} - ({"weights"} if name == "encoder" else set()) == wanted
+
+
+def test_a_run_goes_on_on_another_device_and_with_nothing_else_changed(text):
+    cfg = config(text)
+    assert differing(cfg.to_dict(), replace(cfg, device="auto")) == []
+    for name, value in dict(k=16, lr=1e-3, store="kept", column="body", encoder="bfloat16").items():
+        assert differing(cfg.to_dict(), replace(cfg, **{name: value})) == [name]
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
