@@ -292,6 +292,15 @@ def test_a_setting_of_a_run_changes_what_it_says_and_nothing_else(name, base, tm
     assert {k for k in before if before[k] != after[k]} - ({"weights"} if name == "encoder" else set()) == wanted
 
 
+def test_a_run_is_judged_on_held_out_rows_and_starts_from_training_rows(text, lm):
+    cfg = config(text)
+    side = lambda rows, held_out: next(Stream(lm, sae_nb.runs.run_text(cfg), cfg.site, cfg.context, rows, held_out=held_out).blocks()).read()
+    source = Source.of(cfg, lm)
+    assert torch.equal(source.unseen, side(8_192, True)) and torch.equal(source.sample, side(2_048, False))
+    both = torch.cat([source.unseen, source.sample]).unique(dim=0)
+    assert len(both) > len(source.unseen.unique(dim=0)) and len(both) > len(source.sample.unique(dim=0))
+
+
 def test_a_run_goes_on_on_another_device_and_with_nothing_else_changed(text):
     cfg = config(text)
     assert differing(cfg.to_dict(), replace(cfg, device="auto")) == []

@@ -346,13 +346,14 @@ def test_eval_suite_writes_the_record(sae, tmp_path, capfd, monkeypatch):
     cfg = RunConfig(lm="pylib-64", site=SITE, n=96, k=6, tokens=1_000, context=64, dtype="float32", device="cpu")
     (tmp_path / "config.json").write_text(json.dumps({"run": cfg.to_dict(), "train": {}, "d": 64}))
     monkeypatch.setitem(sae_nb.suite.SUITES, "quick", TINY)
-    assert main(["eval", str(tmp_path), "--suite", "quick", "--device", "cpu"]) == 0
+    assert main(["eval", str(tmp_path), "--suite", "quick", "--device", "cpu", "--seed", "5"]) == 0
     out = capfd.readouterr().out
     first = read_json(tmp_path / "evaluation.json")
+    assert first["settings"]["seed"] == 5
     assert NAMES <= set(first["metrics"]) and "n2g_f1" in out and not (tmp_path / "evaluation.partial.json").exists()
     (tmp_path / ".evaluation.partial.json.999999999.sae_nb-tmp").write_text("half")   # of an evaluation that was killed
     (tmp_path / "curves.csv").write_text("model,flops,loss\npylib-64,1e12,9\npylib-64,1e14,3\n")
-    assert main(["eval", str(tmp_path), "--suite", "quick", "--device", "cpu", "--curves", str(tmp_path / "curves.csv")]) == 0
+    assert main(["eval", str(tmp_path), "--suite", "quick", "--device", "cpu", "--seed", "5", "--curves", str(tmp_path / "curves.csv")]) == 0
     assert not list(tmp_path.glob(".*.sae_nb-tmp"))
     second = read_json(tmp_path / "evaluation.json")
     assert second["metrics"]["compute_equivalent"] != first["metrics"]["compute_equivalent"]
