@@ -19,7 +19,7 @@ from pathlib import Path
 
 import sae_nb
 
-from .core import UserError, as_path, check, is_memory, sweep_leftovers, write_json
+from .core import UserError, as_path, check, is_memory, write_json
 
 # %% ../nbs/91_cli.ipynb #1661e442
 class Parser(argparse.ArgumentParser):
@@ -150,16 +150,13 @@ def train(cfg, folder, resume, tokens:int):
     check(tokens >= 1, f"eval-tokens is {tokens}: measure at least one")
     lm = load_lm(cfg.lm, cfg.device, cfg.dtype)
     bar, rate, start, spent = None, None, time.perf_counter(), {"reading": 0., "training": 0.}
-    try:
-        for step in stoppable(run(cfg, folder, resume, lm)):
-            if bar is None: print(f"{lm}, {lm.site(cfg.site)}: {cfg.n:,} latents, {cfg.k} active", file=sys.stderr)
-            bar, rate = bar or progress("train", cfg.tokens), step.rate
-            bar.set_postfix_str(f"nmse {step.nmse:.3f}" + ("" if step.dead is None else f", dead {step.dead:.1%}"), refresh=False)
-            bar.update(step.tokens - bar.n)
-            spent["reading"] += step.waited; spent["training"] += step.took
-    finally:
-        if bar: bar.close()   # what is said next begins a line
-    if bar: print(shares(spent, time.perf_counter() - start), file=sys.stderr)
+    for step in stoppable(run(cfg, folder, resume, lm)):
+        if bar is None: print(f"{lm}, {lm.site(cfg.site)}: {cfg.n:,} latents, {cfg.k} active", file=sys.stderr)
+        bar, rate = bar or progress("train", cfg.tokens), step.rate
+        bar.set_postfix_str(f"nmse {step.nmse:.3f}" + ("" if step.dead is None else f", dead {step.dead:.1%}"), refresh=False)
+        bar.update(step.tokens - bar.n)
+        spent["reading"] += step.waited; spent["training"] += step.took
+    if bar: bar.close(); print(shares(spent, time.perf_counter() - start), file=sys.stderr)
     return measured(folder, lm, run_text(cfg), True, tokens, rate)
 
 # %% ../nbs/91_cli.ipynb #5c372cf6
@@ -171,7 +168,6 @@ def measured(folder, lm, text, ours:bool, tokens:int, rate:float=None):
     from sae_nb.runs import left_out, made_of, read_steps, run_config
     from sae_nb.sae import SAE
     folder, cfg = as_path(folder), run_config(folder)
-    sweep_leftovers(folder)   # of a measurement that was killed
     sae = SAE.load(folder, lm.device)
     top = TopContexts(sae.cfg.n)
     sample = next(Stream(lm, text, cfg.site, cfg.context, 8_192).blocks()).read().float()
@@ -203,7 +199,6 @@ def evaluated(folder, lm, text, ours:bool, suite:str, seed:int, curves:str):
     from sae_nb.sae import SAE
     from sae_nb.suite import evaluate
     folder, cfg = as_path(folder), run_config(folder)
-    sweep_leftovers(folder)   # of an evaluation that was killed
     kept = folder / _kept_as("evaluation.json", text, ours)
     partial = kept.with_suffix(".partial.json")
     bar = lambda what, loop, turns: tqdm(loop, desc=what, total=turns, dynamic_ncols=True, mininterval=0.5, leave=False)
@@ -223,13 +218,11 @@ def swept(args):
     lists = {name: v for name, v in given.items() if name in VARY and len(v) > 1}
     runs = grid(RunConfig(**{name: v[0] if name in VARY else v for name, v in given.items()}), **lists)
     bar = None
-    try:
-        for p in stoppable(sweep(runs, args.out, args.together)):
-            bar = bar or progress(f"{len(runs)} runs", p.total)
-            bar.set_postfix_str(f"{p.run}: nmse {p.step.nmse:.3f}", refresh=False)
-            bar.update(p.done - bar.n)
-    finally:
-        if bar: bar.close()   # what is said next begins a line
+    for p in stoppable(sweep(runs, args.out, args.together)):
+        bar = bar or progress(f"{len(runs)} runs", p.total)
+        bar.set_postfix_str(f"{p.run}: nmse {p.step.nmse:.3f}", refresh=False)
+        bar.update(p.done - bar.n)
+    if bar: bar.close()
     print(write_table(args.out, runs), f"\ntable: {as_path(args.out) / 'runs.csv'}")
 
 def shown(args):

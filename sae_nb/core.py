@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'check', 'reason', 'plain', 'short', 'Table', 'Estimate', 'setting', 'Config', 'as_path', 'read_json',
-           'is_deep', 'is_number', 'is_count', 'write_atomic', 'to_json', 'write_json', 'digest', 'same',
-           'sweep_leftovers', 'lock', 'free_memory', 'room_for', 'is_memory', 'unless_memory', 'seed_all', 'generator',
+           'is_deep', 'is_number', 'is_count', 'write_atomic', 'sweep_leftovers', 'to_json', 'write_json', 'digest',
+           'same', 'lock', 'free_memory', 'room_for', 'is_memory', 'unless_memory', 'seed_all', 'generator',
            'pick_device', 'fast_dtype']
 
 # %% ../nbs/00_core.ipynb #1e425a30
@@ -224,6 +224,7 @@ def write_atomic(path,            # where the content shall stand
     tmp = path.with_name(f".{path.name}.{os.getpid()}.sae_nb-tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_leftovers(path.parent.resolve(), path.name)
         if callable(content): content(tmp)
         else: tmp.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         tmp.chmod(0o666 & ~_umask())   # some writers make files that only their owner can read
@@ -234,6 +235,24 @@ def write_atomic(path,            # where the content shall stand
         why = getattr(e, "strerror", None) or reason(e)
         raise UserError(f"{path} cannot be written ({why}): check its folder and permissions, or free some room on its disk") from None
     finally: _removed(tmp)
+
+def sweep_leftovers(folder,        # one that has proved ours, unless `of` is given
+                    of:str=None    # the name of a file: only what is left of its own writes
+                   ):
+    "Remove what killed writes of ours left directly in `folder`; a link is not followed."
+    folder = as_path(folder)
+    if folder.is_symlink() or not folder.is_dir(): return
+    for path in folder.glob(".*.sae_nb-tmp"):
+        left = re.fullmatch(r"\.(.*)\.(\d+)\.sae_nb-tmp", path.name, re.S)
+        if not left or of not in (None, left[1]) or path.is_dir(): continue
+        if not _alive(int(left[2])): _removed(path)
+
+def _alive(pid:int) -> bool:
+    "Does a process of that number run on this machine?"
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except (PermissionError, OverflowError): pass
+    return True
 
 def _removed(path):
     "Remove a file if it is there and its folder lets it go."
@@ -318,24 +337,6 @@ def same(what:str,      # what is compared, the start of the sentence
     check(not other, f"{what} differs in {', '.join(other)}: {advice}")
 
 # %% ../nbs/00_core.ipynb #b8529a1e
-def _alive(pid:int) -> bool:
-    "Does a process of that number run on this machine?"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except (PermissionError, OverflowError): pass
-    return True
-
-def sweep_leftovers(folder,        # one that has proved ours, unless `of` is given
-                    of:str=None    # the name of a file: only what is left of its own writes
-                   ):
-    "Remove what killed writes of ours left directly in `folder`; a link is not followed."
-    folder = as_path(folder)
-    if folder.is_symlink() or not folder.is_dir(): return
-    for path in folder.glob(".*.sae_nb-tmp"):
-        left = re.fullmatch(r"\.(.*)\.(\d+)\.sae_nb-tmp", path.name, re.S)
-        if not left or of not in (None, left[1]) or path.is_dir(): continue
-        if not _alive(int(left[2])): path.unlink(missing_ok=True)
-
 @contextmanager
 def lock(folder):   # where one process at a time may write
     "Hold `folder` while open; a process that finds it held gets a `UserError`."

@@ -13,7 +13,7 @@ from itertools import product, tee
 from pathlib import Path
 
 from .acts import Block
-from .core import Table, as_path, check, digest, is_count, is_number, plain, read_json, same, sweep_leftovers, write_atomic
+from .core import Table, as_path, check, digest, is_count, is_number, plain, read_json, same, write_atomic
 from .lm import LM, load_lm, packaged_lms, training_curve
 from .runs import RunConfig, Source, differing, made_of, read_steps, run, run_config, run_text
 from .train import Step
@@ -138,7 +138,6 @@ def write_table(folder, runs:dict=None) -> Table:
     check(rows, f"{folder} holds no finished run: train some first")
     out = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     out.writeheader(); out.writerows(rows)
-    sweep_leftovers(folder, "runs.csv")
     write_atomic(as_path(folder) / "runs.csv", text.getvalue())
     return Table([{k: r[k] for k in ("run", "n", "k", "tokens", "flops", "loss", "dead")} for r in rows if r["final"]])
 

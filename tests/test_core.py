@@ -117,6 +117,18 @@ def test_only_leftovers_of_ended_processes_of_ours_are_removed(tmp_path):
     assert sorted(p.name for p in inner.iterdir()) == sorted(foreign) and len([*outside.iterdir()]) == 1
 
 
+def test_a_write_clears_away_what_a_killed_write_of_the_same_file_left(tmp_path):
+    "Through a linked folder too; what is of another file, of a living process or no mark of ours stays."
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    stay = [".f.json.tmp", ".g.json.999999999.sae_nb-tmp", ".f.json.1.sae_nb-tmp"]
+    for place in (folder, tmp_path / "link"):
+        for name in [*stay, ".f.json.999999999.sae_nb-tmp"]: (folder / name).touch()
+        write_json(place / "f.json", {"a": 1})
+        assert sorted(p.name for p in folder.iterdir()) == sorted([*stay, "f.json"])
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "f.json"
     write_json(path, {"a": 1})

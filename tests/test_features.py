@@ -442,10 +442,10 @@ def test_a_latent_without_patterns_is_described_by_what_it_fires_on(found, lm):
         tokens = [found.ids[p // CONTEXT, p % CONTEXT].item() for p in drawn]
         said, first = described(found, i), max(tokens, key=tokens.count)
         if tokens.count(first) > 1:
-            assert f" in {tokens.count(first)} of {len(drawn)} firings drawn" in said["text"] and said["text"].count(" in ") <= 3
+            assert said["text"].count(" in ") <= 3 and f" in {tokens.count(first)}" in said["text"].split(", '")[0]
             assert ast.literal_eval(said["text"].split(" in ")[0]) in {lm.tokenizer.decode([t]) for t in tokens if tokens.count(t) == tokens.count(first)}
-        else: assert said["text"] == f"no token twice in {len(drawn)} firings drawn"
-        assert said["precision"] is said["recall"] is None
+        else: assert said["text"].startswith("no token twice")
+        assert said["text"].endswith(f" of {len(drawn)} firings drawn") and said["precision"] is said["recall"] is None
     assert described(found, 5) is None
 
 

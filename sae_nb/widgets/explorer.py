@@ -13,7 +13,7 @@ import anywidget
 import numpy as np
 from traitlets import Bytes, Dict, Unicode, observe, validate
 
-from ..core import UserError, as_path, check, lock, plain, read_json, reason, short, sweep_leftovers, to_json, write_json
+from ..core import UserError, as_path, check, lock, plain, read_json, reason, short, to_json, write_json
 from ..features import COLUMNS, Feature, Payload, pack
 from ..page import visible
 from ..show import ACTIVATION, GRID, INK
@@ -102,7 +102,6 @@ def write_notes(folder, notes:dict):
     "Write notes beside a payload; a reader never sees half a file."
     wrong = next((k for k, v in notes.items() if not isinstance(v, str)), None)
     check(wrong is None, f"the note on latent {wrong} is {notes.get(wrong)!r}, but a text was expected")
-    sweep_leftovers(folder, "notes.json")
     write_json(as_path(folder) / "notes.json", {str(k): v for k, v in sorted(notes.items())})
 
 # %% ../../nbs/52_explorer.ipynb #18aafaa4

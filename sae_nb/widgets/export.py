@@ -91,7 +91,6 @@ def _write_file(path, payload, title, s, shards):
             f.write(start + _facts(s))
             for j in shards: f.write(f'<script type="text/plain" id="shard-{j}">{zipped(payload.shard(j))}</script>\n')
             f.write(end)
-    sweep_leftovers(path.parent.resolve(), path.name)
     write_atomic(path, write)
     return path
 
