@@ -110,9 +110,8 @@ def described(c:Collected, latent:int, most:int=3) -> dict:   # tokens to name
     drawn = int((c.sample.score[latent] >= 0).sum())
     if not drawn: return None
     ids = c.ids.flatten()[c.sample.notes["place"][latent, :drawn].long()].tolist()
-    often = [f"{c.words.decode([i])!r} in {count}" for i, count in Counter(ids).most_common(most) if count > 1]
-    text = ", ".join(often) if often else "no token twice"
-    return {"text": f"{text} of {drawn} firings drawn", "precision": None, "recall": None}
+    often = [f"{count} at {c.words.decode([i])!r}" for i, count in Counter(ids).most_common(most) if count > 1]
+    return {"text": f"of {drawn} firings: {', '.join(often) or 'no token twice'}", "precision": None, "recall": None}
 
 # %% ../nbs/42_dossier.ipynb #0d057605
 def striking(c:Collected, count:int, most:float=.02) -> list:   # latents; density above which one is left out

@@ -441,11 +441,13 @@ def test_a_latent_without_patterns_is_described_by_what_it_fires_on(found, lm):
         drawn = [p for p, score in zip(found.sample.notes["place"][i].tolist(), found.sample.score[i].tolist()) if score >= 0]
         tokens = [found.ids[p // CONTEXT, p % CONTEXT].item() for p in drawn]
         said, first = described(found, i), max(tokens, key=tokens.count)
+        start, _, rest = said["text"].partition(": ")
+        assert start == f"of {len(drawn)} firings" and said["precision"] is said["recall"] is None
         if tokens.count(first) > 1:
-            assert said["text"].count(" in ") <= 3 and f" in {tokens.count(first)}" in said["text"].split(", '")[0]
-            assert ast.literal_eval(said["text"].split(" in ")[0]) in {lm.tokenizer.decode([t]) for t in tokens if tokens.count(t) == tokens.count(first)}
-        else: assert said["text"].startswith("no token twice")
-        assert said["text"].endswith(f" of {len(drawn)} firings drawn") and said["precision"] is said["recall"] is None
+            count, _, word = rest.split(", ")[0].partition(" at ")
+            assert int(count) == tokens.count(first) and rest.count(" at ") <= 3
+            assert ast.literal_eval(word) in {lm.tokenizer.decode([t]) for t in tokens if tokens.count(t) == tokens.count(first)}
+        else: assert rest == "no token twice"
     assert described(found, 5) is None
 
 
